@@ -1,0 +1,1 @@
+"""The workflow document: typed models, older spellings, loader, JSON Schema, messages."""

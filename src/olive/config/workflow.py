@@ -1,0 +1,264 @@
+"""The workflow document in today's spelling: one name a setting, closed at every depth.
+
+Setting names and defaults follow Olive 0.13 where it has the concept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from olive.config.base import Dtype, Frozen, PassParams
+
+Device = Literal["cpu", "gpu", "npu"]
+ExecutionProvider = Literal[
+    "CPUExecutionProvider",
+    "CUDAExecutionProvider",
+    "DmlExecutionProvider",
+    "OpenVINOExecutionProvider",
+    "TensorrtExecutionProvider",
+    "NvTensorRTRTXExecutionProvider",
+    "ROCMExecutionProvider",
+    "MIGraphXExecutionProvider",
+    "QNNExecutionProvider",
+    "VitisAIExecutionProvider",
+    "WebGpuExecutionProvider",
+    "JsExecutionProvider",
+]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
+class LoadKwargs(Frozen):
+    """How the model is loaded."""
+
+    trust_remote_code: bool = Field(
+        False, description="Run code that the model's repository brings. Needs `revision`."
+    )
+    revision: str | None = Field(None, description="Revision of a hub model; 40 hex digits pin it.")
+    torch_dtype: Dtype | None = Field(
+        None, description="Dtype to load weights in; default: what the device does natively."
+    )
+    attn_implementation: str | None = Field(None, description="Attention back end of transformers.")
+
+
+class HfModel(Frozen):
+    """A Hugging Face model: a local folder or a hub id."""
+
+    type: Literal["HfModel"] = Field("HfModel", description="A model in the Hugging Face form.")
+    model_path: str = Field(description="Local folder or hub id.")
+    task: str = Field("text-generation", description="What the model does.")
+    adapter_path: str | None = Field(None, description="Folder of a PEFT adapter for this base.")
+    load_kwargs: LoadKwargs = Field(LoadKwargs(), description="How it is loaded.")
+
+
+class Accelerator(Frozen):
+    """One device and the execution providers to use on it."""
+
+    device: Device = Field("cpu", description="Default: what the first execution provider runs on.")
+    execution_providers: tuple[ExecutionProvider, ...] = Field(
+        (), description="The first is used. Default: CUDA on gpu, else CPU."
+    )
+
+    @property
+    def execution_provider(self) -> ExecutionProvider:
+        """The provider in use: the first named, else the device's own."""
+        if self.execution_providers:
+            return self.execution_providers[0]
+        return "CUDAExecutionProvider" if self.device == "gpu" else "CPUExecutionProvider"
+
+
+class LocalSystem(Frozen):
+    """This machine."""
+
+    type: Literal["LocalSystem"] = Field("LocalSystem", description="This machine.")
+    accelerators: tuple[Accelerator, ...] = Field((Accelerator(),), description="The first is used.")
+
+
+class LoadDataset(Frozen):
+    """Which rows. `data_name` is `json`, `csv`, `parquet`, a hub name or a local folder."""
+
+    data_name: str = Field(description="`json`, `csv`, `parquet`, a hub name or a local folder.")
+    subset: str | None = Field(None, description="Configuration of a hub dataset.")
+    split: str = Field("validation", description="Which split; slices such as `train[:10%]` work.")
+    data_dir: str | None = Field(None, description="Folder inside the dataset.")
+    data_files: str | tuple[str, ...] | dict[str, str | tuple[str, ...]] | None = Field(
+        None, description="File or files to read; with an object, by split."
+    )
+    revision: str | None = Field(None, description="Revision of a hub dataset.")
+    trust_remote_code: bool = Field(False, description="Run code that the dataset brings.")
+
+
+Strategy = Literal[
+    "line-by-line", "line-by-line-random", "join", "join-random", "join-sliding-window", "pack"
+]
+
+
+class PreProcess(Frozen):
+    """Rows to text to token blocks."""
+
+    text_cols: tuple[str, ...] = Field(
+        ("text",), description="Columns joined by a space when there is no template."
+    )
+    text_template: str | None = Field(None, description="Python format string over the columns.")
+    chat_template: bool | str = Field(
+        False, description="Render `message_col` with the model's chat template, or with this one."
+    )
+    message_col: str = Field("messages", description="Column that holds the chat turns.")
+    strategy: Strategy = Field("join", description="How rows become blocks of tokens.")
+    max_seq_len: int = Field(1024, ge=2, le=1 << 24, description="Tokens in a block.")
+    stride: int | None = Field(None, ge=1, description="Step of join-sliding-window, in tokens.")
+    joiner: str = Field("\n\n", description="Text between joined rows.")
+    max_samples: int | None = Field(None, ge=1, description="Blocks to keep; draws of the random strategies.")
+    drop_short_sequences: bool = Field(False, description="line-by-line: drop rows shorter than max_seq_len.")
+    random_seed: int | None = Field(None, ge=0, description="Seed of the random strategies.")
+    random_retries: int = Field(10, ge=0, description="Draws repeated when a row is too short.")
+    add_special_tokens: bool = Field(
+        True, description="BOS where the tokenizer itself puts one, and EOS after each row."
+    )
+    pad_to_max_len: bool = Field(
+        False, description="Accepted; padding is never computed, the result is the same."
+    )
+    padding_side: Literal["left", "right"] = Field(
+        "right", description="Accepted; padding is never computed."
+    )
+    use_attention_mask: bool = Field(True, description="Accepted; padding never takes part in attention.")
+    train_on: Literal["all", "completion"] = Field(
+        "all", description="`completion` masks everything before the template's last field."
+    )
+
+
+class Dataloader(Frozen):
+    """Batching for evaluation."""
+
+    batch_size: int = Field(1, ge=1, description="Rows evaluated at once.")
+
+
+class DataConfig(Frozen):
+    """A named dataset."""
+
+    name: Name = Field(description="What passes and metrics call it.")
+    type: Literal["HuggingfaceContainer"] = Field(
+        "HuggingfaceContainer", description="Rows with named columns."
+    )
+    load_dataset_config: LoadDataset = Field(description="Which rows.")
+    pre_process_data_config: PreProcess = Field(PreProcess(), description="Rows to text to token blocks.")
+    dataloader_config: Dataloader = Field(Dataloader(), description="Batching for evaluation.")
+
+
+class Goal(Frozen):
+    """What a metric must reach; relative goals compare with the input model."""
+
+    type: Literal[
+        "threshold",
+        "max-degradation",
+        "min-improvement",
+        "percent-max-degradation",
+        "percent-min-improvement",
+    ] = Field(description="What is compared.")
+    value: float = Field(description="The bound; percent where the type says so.")
+
+
+class SubMetric(Frozen):
+    """One number of a metric."""
+
+    name: str = Field(description="Which number of the metric.")
+    priority: int = Field(-1, description="1 is the most important; -1 is reported only.")
+    higher_is_better: bool | None = Field(None, description="Default: what the number's name implies.")
+    goal: Goal | None = Field(None, description="What it must reach.")
+
+
+class Metric(Frozen):
+    """A group of numbers measured together."""
+
+    name: Name = Field(description="What the report calls it.")
+    type: Literal["accuracy", "perplexity", "latency", "throughput", "size_on_disk"] = Field(
+        description="What is measured."
+    )
+    data_config: str | None = Field(
+        None, description="Data to measure on.", json_schema_extra={"reference": "data_configs"}
+    )
+    sub_types: tuple[SubMetric, ...] = Field((), description="Empty: every number the metric has.")
+    labels: tuple[str, ...] = Field(
+        (), description="accuracy: the label set; default: the completions in the data."
+    )
+    max_new_tokens: int = Field(8, ge=1, description="accuracy: longest answer generated.")
+    max_samples: int | None = Field(None, ge=1, description="Rows to use; default: all.")
+    batch_size: int = Field(16, ge=1, description="Rows at once.")
+    warmup: int = Field(2, ge=0, description="latency, throughput: runs not counted.")
+    repeat: int = Field(5, ge=1, description="latency, throughput: runs counted.")
+    prompt_tokens: int = Field(64, ge=1, description="latency, throughput: tokens in the prompt.")
+    new_tokens: int = Field(32, ge=1, description="latency, throughput: tokens generated.")
+
+
+class Evaluator(Frozen):
+    """A named set of metrics."""
+
+    metrics: tuple[Metric, ...] = Field(min_length=1, description="What to measure.")
+
+
+class PassEntry(Frozen):
+    """One step: which pass, where, with which parameters."""
+
+    type: str
+    host: str | None = None
+    evaluator: str | None = Field(None, description="Evaluator to run on this step's result.")
+    params: SerializeAsAny[PassParams]
+
+
+class MergeGate(Frozen):
+    """Thresholds of the merge gate; KL in nat a token."""
+
+    enabled: bool = Field(True, description="Whether the gate holds.")
+    max_kl: float | None = Field(None, gt=0, description="Default: by dtype; 1e-6 in float32.")
+
+
+class ParityGate(Frozen):
+    """Thresholds of the parity gate; KL in nat a token."""
+
+    enabled: bool = Field(True, description="Whether the gate holds.")
+    max_kl: float | None = Field(None, gt=0, description="Default: by precision; catches what is broken.")
+    min_top1: float | None = Field(None, ge=0, le=1, description="Share of positions whose top token agrees.")
+    prompts: int = Field(8, ge=1, le=256, description="How many prompts to compare on.")
+
+
+class BundleGate(Frozen):
+    """The final folder loads and generates in a clean process."""
+
+    enabled: bool = Field(True, description="Whether the gate holds.")
+
+
+class Gates(Frozen):
+    """Checks between stages."""
+
+    merge: MergeGate = Field(MergeGate(), description="The merged model is base plus adapter.")
+    parity: ParityGate = Field(ParityGate(), description="The exported model answers as its source.")
+    bundle: BundleGate = Field(BundleGate(), description="The final folder loads and generates.")
+
+
+class Workflow(Frozen):
+    """The whole document."""
+
+    input_model: HfModel = Field(description="The model to start from.")
+    systems: Mapping[str, LocalSystem] = Field(
+        default_factory=lambda: {"local_system": LocalSystem()}, description="Machines, by name."
+    )
+    data_configs: tuple[DataConfig, ...] = Field((), description="Datasets.")
+    evaluators: Mapping[str, Evaluator] = Field({}, description="Sets of metrics, by name.")
+    passes: Mapping[str, PassEntry] = Field({}, description="The steps, by name, in the order they run.")
+    host: str = Field("local_system", description="System that passes run on.")
+    target: str = Field("local_system", description="System that the result is for; evaluation runs on it.")
+    evaluator: str | None = Field(None, description="Evaluator to run on the final model.")
+    evaluate_input_model: bool = Field(True, description="Run the evaluator on the input model too.")
+    search_strategy: Literal[False] | None = Field(None, description="There is no search in this version.")
+    gates: Gates = Field(Gates(), description="Checks between stages.")
+    cache_dir: str = Field(".olive-cache", description="Folder of the store.")
+    output_dir: str = Field("olive-output", description="Folder the result is written to.")
+    log_severity_level: int = Field(
+        1, ge=0, le=4, description="0 debug, 1 info, 2 warning, 3 error, 4 critical."
+    )
+
+    def data_config(self, name: str) -> DataConfig:
+        """The data config called ``name``; the loader has checked that it exists."""
+        return next(config for config in self.data_configs if config.name == name)
