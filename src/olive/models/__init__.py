@@ -1,0 +1,1 @@
+"""What a model artifact is: load, save, describe."""

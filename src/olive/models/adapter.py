@@ -1,0 +1,52 @@
+"""Adapters in PEFT's form: a small folder that refers to its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from olive.config.base import Dtype
+from olive.errors import ConfigError, PassFailed
+from olive.models.artifact import Kind
+from olive.models.hf import describe, load_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def load_adapter(base_folder: Path, adapter_folder: Path, dtype: Dtype, device: str = "cpu") -> PeftModel:
+    """A base model with its adapter in place, unmerged, in evaluation mode.
+
+    PEFT only warns when a tensor of the adapter finds no place; here every one must have been taken.
+
+    Raises:
+        ConfigError, UntrustedInput: as ``describe``, for either folder.
+        PassFailed: tensors of the adapter and places in the base differ.
+    """
+    adapter = describe(adapter_folder)
+    if adapter.kind is not Kind.ADAPTER:
+        raise ConfigError(f"{adapter_folder} is no adapter", fix="Name a folder with adapter_config.json.")
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+
+    base = load_model(base_folder, dtype=dtype, device=device)
+    try:
+        model = PeftModel.from_pretrained(base, adapter_folder, torch_device=str(base.device))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise PassFailed(
+            f"the adapter {adapter_folder} does not fit the base {base_folder}: {error}",
+            fix="Use the base it was trained on.",
+        ) from error
+    # An adapter may carry whole embedding tables beside its own tensors; asking "auto" may ask the network.
+    tables = any(name.endswith((".embed_tokens.weight", ".lm_head.weight")) for name in adapter.tensors)
+    taken = set(get_peft_model_state_dict(model, save_embedding_layers=tables))
+    for names, what in (
+        (adapter.tensors.keys() - taken, "that no module of the base takes"),
+        (taken - adapter.tensors.keys(), "missing that the base has a place for"),
+    ):
+        if names:
+            raise PassFailed(
+                f"the adapter {adapter_folder} has {len(names)} tensors {what}, such as {min(names)}",
+                fix="Use the base it was trained on.",
+            )
+    return model.to(getattr(torch, dtype)).eval()
