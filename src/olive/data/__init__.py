@@ -1,0 +1,1 @@
+"""Dataset to rows to text to tokens to batches."""

@@ -1,0 +1,163 @@
+"""What training will see, found without a heavy import: rows, one sample, and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from olive.config.base import Frozen
+from olive.config.workflow import DataConfig
+from olive.data.blocks import Blocks, build, build_held_out, settings_missing
+from olive.data.rows import columns, is_local, read, where
+from olive.data.split import split_rows
+from olive.data.template import check, render_all
+from olive.data.tokens import LightTokenizer, load
+from olive.errors import OliveError, Problem, Severity, raise_errors
+
+_COUNTED = 20_000  # rows tokenised for the counts; more are estimated from that many
+
+
+class Preview(Frozen):
+    """A data config, looked at before any time is spent.
+
+    Attributes:
+        name: of the data config.
+        rows: rows in the split; 0 when they can only be read at the run.
+        columns: their columns.
+        blocks: training sequences.
+        tokens: tokens in all blocks.
+        trained_tokens: positions that carry a loss.
+        longest_block: tokens in the longest block.
+        eval_rows, eval_blocks: the part split off for evaluation.
+        estimated: whether the counts are scaled up from a part of the rows.
+        prompt, completion: the first row, rendered.
+        ids, labels: the first row, tokenised; -100 marks what is not learnt.
+        problems: warnings and notes.
+    """
+
+    name: str
+    rows: int = 0
+    columns: tuple[str, ...] = ()
+    blocks: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest_block: int = 0
+    eval_rows: int = 0
+    eval_blocks: int = 0
+    estimated: bool = False
+    prompt: str = ""
+    completion: str = ""
+    ids: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+def preview(
+    config: DataConfig,
+    base_dir: Path,
+    tokenizer_folder: Path | None,
+    *,
+    eval_size: float = 0,
+    seed: int | None = None,
+) -> Preview:
+    """Look at a data config as training will.
+
+    Args:
+        config: the data config.
+        base_dir: folder that relative paths are looked up in.
+        tokenizer_folder: the model's folder; None leaves the token counts at 0.
+        eval_size: as ``eval_dataset_size``: what is split off before the blocks are made.
+        seed: the training's seed; None where it has none.
+
+    Raises:
+        OliveError: anything that would fail at the run; every fault found is in the one error.
+    """
+    try:
+        return _preview(config, base_dir, tokenizer_folder, eval_size, seed)
+    except OliveError as error:
+        raise type(error)(problems=[_located(problem, config) for problem in error.problems]) from error
+
+
+def _preview(
+    config: DataConfig, base_dir: Path, tokenizer_folder: Path | None, eval_size: float, seed: int | None
+) -> Preview:
+    pre = config.pre_process_data_config
+    missing = settings_missing(pre)
+    if not is_local(config, base_dir):
+        raise_errors(missing)
+        return Preview(name=config.name, problems=tuple(_remote(config)))
+    rows = read(config, base_dir)
+    raise_errors([*missing, *check(pre, columns(rows))])
+    found: dict[str, Any] = {"name": config.name, "rows": len(rows), "columns": columns(rows)}
+    tokenizer = load(tokenizer_folder) if tokenizer_folder is not None else None
+    texts = render_all(pre, rows, tokenizer.chat if tokenizer else None)
+    found |= {"prompt": texts[0].prompt, "completion": texts[0].completion}
+    train, evaluation = split_rows(rows, eval_size, seed or 0, pre)
+    found["eval_rows"] = len(evaluation)
+    if tokenizer is None:
+        return Preview(**found)
+    sample = tokenizer.encode_row(texts[0], pre)
+    found |= {"ids": tuple(sample.ids), "labels": tuple(sample.labels)}
+    counts, blocks = _counts(train, config, tokenizer, seed)
+    problems = [*blocks.notes]
+    if evaluation:
+        held, held_blocks = _counts(evaluation, config, tokenizer, seed, held_out=True)
+        found["eval_blocks"] = held["blocks"]
+        problems += [replace(note, message=f"evaluation part: {note.message}") for note in held_blocks.notes]
+    located = tuple(_located(problem, config) for problem in problems)
+    return Preview(**found, **counts, problems=located)
+
+
+def _counts(
+    rows: list[dict[str, Any]],
+    config: DataConfig,
+    tokenizer: LightTokenizer,
+    seed: int | None,
+    *,
+    held_out: bool = False,
+) -> tuple[Mapping[str, Any], Blocks]:
+    """Counts over all rows, and the blocks of those tokenised."""
+    pre = config.pre_process_data_config
+    chosen = rows
+    if len(rows) > _COUNTED:
+        chosen = [rows[index * len(rows) // _COUNTED] for index in range(_COUNTED)]
+    blocks = (build_held_out if held_out else build)(chosen, pre, tokenizer, seed)
+    scale = len(rows) / len(chosen)
+    if pre.max_samples is not None:
+        scale = min(scale, pre.max_samples / len(blocks))
+    return {
+        "blocks": round(len(blocks) * scale),
+        "tokens": round(blocks.tokens * scale),
+        "trained_tokens": round(blocks.trained_tokens * scale),
+        "longest_block": max(len(block.ids) for block in blocks),
+        "estimated": len(chosen) < len(rows),
+    }, blocks
+
+
+def _remote(config: DataConfig) -> list[Problem]:
+    load = config.load_dataset_config
+    at_run = Problem(
+        f"dataset {load.data_name!r} is no local file or folder: its rows are checked at the run",
+        where(config),
+        severity=Severity.NOTE,
+    )
+    if load.revision is not None or load.data_files is not None:
+        return [at_run]
+    unpinned = Problem(
+        f"dataset {load.data_name!r} has no revision: a later version of it would count as the same data",
+        where(config),
+        "set revision in load_dataset_config",
+        severity=Severity.WARNING,
+    )
+    return [at_run, unpinned]
+
+
+def _located(problem: Problem, config: DataConfig) -> Problem:
+    prefix = where(config)
+    if problem.where is None:
+        return replace(problem, where=prefix)
+    return (
+        problem if problem.where.startswith(prefix) else replace(problem, where=f"{prefix}: {problem.where}")
+    )
