@@ -1,0 +1,233 @@
+"""Fold LoRA weights into the base model, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from olive.config.base import Dtype, PassParams
+from olive.config.workflow import Accelerator
+from olive.errors import PassFailed, Problem
+from olive.hardware.machine import Machine
+from olive.models.artifact import Artifact, Kind, ModelInfo
+from olive.models.hf import finish_folder, read_json
+from olive.models.tensors import INDEX
+from olive.passes.adapters import lora_weights
+from olive.passes.adapters.stream import Layout, LazyTensors, stored_code, write
+from olive.passes.base import Cost, Pass, PassContext
+
+if TYPE_CHECKING:
+    import torch
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_CODE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class MergeAdapterWeights(Pass["MergeAdapterWeights.Params"]):
+    """Fold LoRA weights into the base model (Hu et al., 2021, arXiv:2106.09685).
+
+    Every tensor is streamed from the base to the result; a target becomes ``W + scale B A``, added up in
+    float32 and rounded once to the stored dtype. No model is built.
+    """
+
+    class Params(PassParams):
+        """What to store."""
+
+        dtype: Dtype | None = Field(
+            None,
+            description="Dtype to store. Default: the dtype the adapter was trained in, so that nothing is "
+            "rounded away; for an adapter that does not say, the base's own.",
+        )
+
+    accepts = (Kind.ADAPTER,)
+    produces = Kind.HF
+    libraries = ("torch", "safetensors")
+    gates = ("merge",)
+
+    def check(
+        self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
+    ) -> Iterable[Problem]:
+        """Refuse a quantised base and adapters that need more than ``W + s B A``."""
+        method = (model.config.get("quantization_config") or {}).get("quant_method")
+        if method:
+            yield Problem(
+                f"the base model is stored quantised ({method}); merge into floating point",
+                where="MergeAdapterWeights",
+                fix="Use the unquantised model as input_model.",
+            )
+        config = model.path / lora_weights.CONFIG
+        if config.is_file() and (found := lora_weights.unsupported(lora_weights.read_config(model.path))):
+            yield Problem(
+                f"the adapter in {model.path} is {found}; MergeAdapterWeights merges LoRA and rsLoRA",
+                where="MergeAdapterWeights",
+            )
+
+    def estimate(self, model: ModelInfo, params: Params, machine: Machine) -> Cost:
+        """The two largest tensors in float32 on top of torch itself; one whole model on disk."""
+        disk = model.parameters * _CODE_BYTES[params.dtype or "float32"]
+        largest = max((prod(shape) for _, shape in model.tensors.values()), default=0)
+        return Cost(memory=(300 << 20) + 12 * largest, disk=disk, seconds=0.5 + disk / 5e8)
+
+    def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:
+        """Write the merged model into ``ctx.out``.
+
+        Raises:
+            PassFailed: the adapter does not fit the base.
+        """
+        if model.base is None:
+            raise PassFailed("the adapter names no base model", fix="Set input_model.model_path to its base.")
+        adapter = lora_weights.read(model.path)
+        dtype = params.dtype or model.attributes.get("dtype")
+        with LazyTensors(model.base.path) as base, LazyTensors(model.path) as factors:
+            check_fit(adapter, base, factors)
+            config = _config(model.base.path, dtype)
+            merger = _Merger(base, factors, adapter, dtype, config)
+            ctx.progress.start("merge", len(base))
+            merger.write(ctx)
+            ctx.progress.finish()
+        (ctx.out / "config.json").write_text(json.dumps(merger.config, indent=2) + "\n", encoding="utf-8")
+        finish_folder(ctx.out, model.base.path)
+        ctx.facts.update(
+            merged_tensors=len(adapter.deltas),
+            replaced_tensors=len(adapter.replaced),
+            dtype=dtype or "as the base",
+        )
+        if dtype:
+            ctx.attributes["dtype"] = dtype
+
+
+def check_fit(adapter: lora_weights.Adapter, base: LazyTensors, factors: LazyTensors) -> None:
+    """Every tensor of the adapter has its place in the base, with the right shape.
+
+    Raises:
+        PassFailed: naming the first tensors that do not fit, and what the base has instead.
+    """
+    tied = _HEAD not in base
+    lost = [
+        *adapter.foreign,
+        *sorted(name for name in adapter.targets if name not in base and not _tied(name, tied)),
+    ]
+    if lost or not adapter.targets:
+        modules = sorted(
+            {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in base if name.count(".") > 2}
+        )
+        raise PassFailed(
+            f"{len(lost)} tensors of the adapter have no place in the base model, e.g. {', '.join(lost[:3])}"
+            if lost
+            else "the adapter holds no tensors",
+            where="MergeAdapterWeights",
+            fix=f"This adapter belongs to another model. The base has {', '.join(modules[:12])}.",
+        )
+    for target, delta in adapter.deltas.items():
+        (rank, inputs), (outputs, other) = factors.shape(delta.a), factors.shape(delta.b)
+        wanted = (inputs, outputs) if delta.transposed else (outputs, inputs)
+        found = base.shape(target if target in base else _EMBEDDING)
+        if found != wanted or rank != other:
+            raise PassFailed(
+                f"{target} of the base has shape {found}, the adapter was trained on {wanted}",
+                where="MergeAdapterWeights",
+                fix="This adapter belongs to another base: set input_model.model_path to the right one.",
+            )
+    for target, source in adapter.replaced.items():
+        found = base.shape(target if target in base else _EMBEDDING)
+        if factors.shape(source) != found:
+            raise PassFailed(
+                f"{target} of the base has shape {found}, the adapter brings {factors.shape(source)}",
+                where="MergeAdapterWeights",
+                fix="The adapter resized this layer (a larger vocabulary?): give the base the same size.",
+            )
+
+
+def _tied(name: str, tied: bool) -> bool:
+    return tied and name == _HEAD
+
+
+class _Merger:
+    """Gives each tensor of the result."""
+
+    def __init__(
+        self,
+        base: LazyTensors,
+        factors: LazyTensors,
+        adapter: lora_weights.Adapter,
+        dtype: str | None,
+        config: dict[str, Any],
+    ) -> None:
+        self.base, self.factors, self.adapter, self.dtype, self.config = base, factors, adapter, dtype, config
+        self.untied = _unties(adapter, base, factors)
+        if self.untied:
+            # Embedding and head were one tensor and are two now: the change is in one of them only.
+            config["tie_word_embeddings"] = False
+
+    def write(self, ctx: PassContext) -> None:
+        """Write the files of the base, with their names, merged."""
+        total, done, table = 0, 0, {}
+        for number, (file, names) in enumerate(self.base.by_file.items()):
+            names = [*names, *([_HEAD] if self.untied and number == 0 else [])]
+            layout = {name: self._layout(name) for name in names}
+
+            def load(name: str) -> torch.Tensor:
+                nonlocal done
+                done += 1
+                ctx.progress.update(done)
+                return self.load(name)
+
+            total += write(ctx.out / file, layout, load)
+            table.update(dict.fromkeys(names, file))
+        if len(self.base.by_file) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": table}
+            (ctx.out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _source(self, name: str) -> str:
+        return name if name in self.base else _EMBEDDING
+
+    def _layout(self, name: str) -> Layout:
+        source = self._source(name)
+        return stored_code(self.base.code(source), self.dtype), self.base.shape(source)
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor of the result called ``name``."""
+        import torch
+
+        source = self._source(name)
+        replaced = self.adapter.replaced.get(name)
+        value = self.factors[replaced] if replaced else self.base[source]
+        delta = self.adapter.deltas.get(name)
+        if delta is not None:
+            wanted = value.dtype
+            value = value.float() + lora_weights.product(self.factors[delta.a], self.factors[delta.b], delta)
+            value = value if self.dtype else value.to(wanted)
+        if self.dtype and value.is_floating_point():
+            value = value.to(getattr(torch, self.dtype))
+        elif replaced:
+            value = value.to(self.base[source].dtype)
+        return value
+
+
+def _unties(adapter: lora_weights.Adapter, base: LazyTensors, factors: LazyTensors) -> bool:
+    """Whether a shared embedding and head must be stored apart to stay what was trained."""
+    import torch
+
+    if _HEAD in base or _EMBEDDING not in base:
+        return False
+    changed = adapter.targets & {_EMBEDDING, _HEAD}
+    if not changed:
+        return False
+    if set(adapter.replaced) >= {_EMBEDDING, _HEAD}:
+        return not torch.equal(factors[adapter.replaced[_EMBEDDING]], factors[adapter.replaced[_HEAD]])
+    return True
+
+
+def _config(folder: Path, dtype: str | None) -> dict[str, Any]:
+    """The base's config with the dtype of the result, without code of its own and without quantisation."""
+    config = read_json(folder / "config.json")
+    config.pop("auto_map", None)
+    if dtype:
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+        config.update(dict.fromkeys(keys, dtype))
+    return config

@@ -1,0 +1,165 @@
+"""The contract of a pass."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from olive.config.base import Frozen, PassParams
+from olive.config.workflow import Accelerator, DataConfig
+from olive.errors import PassFailed, Problem
+from olive.hardware.machine import Machine
+from olive.models.artifact import Artifact, Kind, ModelInfo
+from olive.store.journal import Journal
+
+P = TypeVar("P", bound=PassParams)
+
+
+class Cost(Frozen):
+    """What a step is expected to cost.
+
+    Attributes:
+        memory: peak resident bytes.
+        disk: bytes written to the store.
+        seconds: wall time; None when there is no basis for an estimate.
+    """
+
+    memory: int
+    disk: int
+    seconds: float | None = None
+
+
+class Progress(Protocol):
+    """Where a pass says how far it is. Safe to call often."""
+
+    def start(self, task: str, total: int | None = None) -> None:
+        """Begin a task of ``total`` units."""
+
+    def update(self, done: int, **fields: float | str) -> None:
+        """``done`` units of the current task are finished; ``fields`` are shown beside the bar."""
+
+    def finish(self) -> None:
+        """The current task is over."""
+
+    def note(self, message: str) -> None:
+        """Say one thing to the user."""
+
+
+@dataclass(slots=True)
+class PassContext:
+    """What a pass is given to work with.
+
+    Attributes:
+        out: an empty staging folder; everything written here becomes the artifact.
+        machine: this machine.
+        accelerator: the host's device and execution providers.
+        target: the target's device and execution providers.
+        data: name -> data config of the document.
+        base_dir: folder that relative data paths are looked up in.
+        progress: where to say how far it is.
+        journal: checkpoints of this very step; survives a kill.
+        series, facts: curves and JSON facts kept with the result.
+        attributes: attributes of the artifact made.
+    """
+
+    out: Path
+    machine: Machine
+    accelerator: Accelerator
+    target: Accelerator
+    data: Mapping[str, DataConfig]
+    base_dir: Path
+    progress: Progress
+    journal: Journal
+    series: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+class Pass(ABC, Generic[P]):
+    """A technique that turns one artifact into another.
+
+    Subclasses set ``Params``, ``accepts``, ``produces``, ``libraries`` and override at most ``check``,
+    ``estimate`` and ``run``. The module of a pass imports heavy libraries only inside these functions.
+
+    Attributes:
+        Params: type of its parameters.
+        accepts: kinds it takes.
+        produces: kind it makes.
+        extra: the pip extra that brings what it imports.
+        libraries: distributions it imports; their versions are part of the cache key.
+        gates: gates that hold what it makes, in order.
+        hardware: what of the hardware its result depends on: ``device``, ``training_dtype``,
+            ``execution_provider``; these are part of the cache key.
+    """
+
+    Params: ClassVar[type[PassParams]]
+    accepts: ClassVar[tuple[Kind, ...]]
+    produces: ClassVar[Kind]
+    extra: ClassVar[str] = "cpu"
+    libraries: ClassVar[tuple[str, ...]] = ()
+    gates: ClassVar[tuple[str, ...]] = ()
+    hardware: ClassVar[tuple[str, ...]] = ()
+
+    def check(
+        self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
+    ) -> Iterable[Problem]:
+        """Everything that would fail later, found without a heavy import."""
+        return ()
+
+    def estimate(self, model: ModelInfo, params: P, machine: Machine) -> Cost:
+        """Expected peak memory, disk and time."""
+        return Cost(memory=0, disk=0)
+
+    @abstractmethod
+    def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
+        """Make the artifact in ``ctx.out``."""
+
+    def ensure(self, out: Path) -> None:
+        """Check what came out; the message is for the developer of the pass.
+
+        Raises:
+            PassFailed: the folder does not hold a model of the kind the pass declares.
+        """
+        for name in _REQUIRED[self.produces]:
+            if not any(out.glob(name)):
+                raise PassFailed(
+                    f"{type(self).__name__} said it makes {self.produces.value}, but wrote no {name}",
+                    fix="Pass developer: write the whole artifact into ctx.out.",
+                )
+        for path in out.rglob("*.json"):
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise PassFailed(
+                    f"{type(self).__name__} wrote {path.name} that is no JSON: {error}"
+                ) from error
+        for path in out.rglob("*.safetensors"):
+            _ensure_finite(path, type(self).__name__)
+
+
+def _ensure_finite(path: Path, name: str) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                tensor = file.get_tensor(key)
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise PassFailed(
+                        f"{name} wrote NaN or infinity in {key} of {path.name}",
+                        fix="Lower the learning rate, or train in float32.",
+                    )
+    except SafetensorError as error:
+        raise PassFailed(f"{name} wrote {path.name} that does not load: {error}") from error
+
+
+_REQUIRED: dict[Kind, tuple[str, ...]] = {
+    Kind.HF: ("config.json", "*.safetensors"),
+    Kind.ADAPTER: ("adapter_config.json", "adapter_model.safetensors"),
+    Kind.ONNX: ("*.onnx",),
+    Kind.GENAI: ("genai_config.json", "*.onnx"),
+}

@@ -1,0 +1,136 @@
+"""From ``training_args`` to transformers' ``TrainingArguments``, and how rows become micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from olive.errors import ConfigError
+
+# token budget of one forward pass: on a CPU more gains nothing and its activations leave the caches
+BUDGET = {"cpu": 1024, "gpu": 8192}
+# Olive's defaults where they differ from transformers'
+_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "seed": 42,
+    "data_seed": 42,
+    "report_to": "none",
+}
+_OURS = {
+    "output_dir": "the run's own output folder is used",
+    "logging_dir": "curves go to run.json and report.html",
+    "resume_from_checkpoint": "an interrupted run resumes by itself",
+    "push_to_hub": "the result stays on this machine",
+    "save_only_model": "checkpoints keep what resuming needs",
+    "save_total_limit": "the newest two checkpoints are kept until the step is done",
+    "do_train": "",
+    "do_eval": "",
+    "do_predict": "",
+    "remove_unused_columns": "",
+    "overwrite_output_dir": "",
+}
+_OLD_NAMES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}
+
+
+def prepare(
+    given: Mapping[str, Any], *, folder: Path, dtype: str, device: str, has_eval: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Keyword arguments of ``TrainingArguments``, and notes on what was set aside.
+
+    Args:
+        given: ``training_args`` of the document.
+        folder: scratch folder; nothing of worth is written there.
+        dtype: dtype of the base model.
+        device: ``cpu`` or ``gpu``.
+        has_eval: whether there are evaluation rows.
+    """
+    notes = []
+    known: dict[str, Any] = dict(_DEFAULTS)
+    for name, value in given.items():
+        if name in _OURS:
+            if _OURS[name] and value not in (None, False):
+                notes.append(f"training_args.{name} is set aside: {_OURS[name]}")
+            continue
+        known[_OLD_NAMES.get(name, name)] = value
+    if known.pop("group_by_length", None):
+        known["train_sampling_strategy"] = "group_by_length"
+    ratio = known.pop("warmup_ratio", None)
+    if ratio and not known.get("warmup_steps"):
+        known["warmup_steps"] = ratio
+    if not has_eval:
+        for name in ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end"):
+            if known.pop(name, None) not in (None, "no", False):
+                notes.append(f"training_args.{name} is set aside: there are no evaluation rows")
+    known["save_strategy"] = _save_strategy(given)
+    if "eval_steps" in known and "eval_strategy" not in known:
+        known["eval_strategy"] = "steps"
+    known |= {
+        "output_dir": str(folder),
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": device == "cpu",
+        "use_cache": known.get("use_cache", False),
+    }
+    if device != "cpu" and dtype == "float16" and not known.get("bf16"):
+        known["fp16"] = True
+    if device == "cpu":
+        known.setdefault("dataloader_pin_memory", False)
+    return known, notes
+
+
+def _save_strategy(given: Mapping[str, Any]) -> str:
+    if "save_strategy" in given:
+        return str(given["save_strategy"])
+    return "steps" if "save_steps" in given else "no"
+
+
+def timed_saves(given: Mapping[str, Any]) -> bool:
+    """Whether checkpoints are made by the clock, since the document does not say when."""
+    return "save_strategy" not in given and "save_steps" not in given
+
+
+def build(known: Mapping[str, Any]) -> Any:
+    """The ``TrainingArguments``.
+
+    Raises:
+        ConfigError: a name or a value the installed transformers does not take.
+    """
+    from dataclasses import fields
+    from difflib import get_close_matches
+
+    from transformers import TrainingArguments
+
+    names = {field.name for field in fields(TrainingArguments) if field.init}
+    kept = {name: value for name, value in known.items() if name in names}
+    missing = [name for name in known if name not in names and name not in ("use_cache",)]
+    if missing:
+        close = get_close_matches(missing[0], sorted(names), n=1)
+        raise ConfigError(
+            f"training_args has no {', '.join(missing)} in the installed transformers",
+            fix=f"did you mean {close[0]}?" if close else "remove it",
+        )
+    try:
+        return TrainingArguments(**kept)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training_args: {error}", fix="correct the value") from error
+
+
+def micro_batch(lengths: Sequence[int], rows: int, budget: int) -> int:
+    """Rows of one forward pass: the largest divisor of a step's ``rows`` that fits ``budget`` tokens.
+
+    The loss is a sum over label tokens divided by their number in the whole optimizer step, so how its rows
+    are cut into forward passes does not change the gradient.
+
+    Args:
+        lengths: tokens of every row.
+        rows: batch size times accumulation steps.
+        budget: tokens of one forward pass.
+    """
+    mean = sum(lengths) / max(1, len(lengths))
+    best = 1
+    for size in range(1, rows + 1):
+        if rows % size == 0 and size * mean <= budget * 1.02:
+            best = size
+    return best

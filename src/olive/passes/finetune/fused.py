@@ -1,0 +1,180 @@
+"""Layers with fewer passes over memory, patched on the instances of one model.
+
+Autograd's own graphs of RMSNorm, SwiGLU, rotary embedding and a LoRA layer keep several copies of the
+activations and read them again and again. These functions keep what the backward needs and no more, and compute
+no gradient of a frozen weight. Each is used only where the module computes exactly that formula. Imported only
+where torch is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+class RMSNormFrozen(torch.autograd.Function):
+    """``x / sqrt(mean(x^2) + eps) * weight`` with a frozen weight, reduced in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        if x.dtype == torch.float32:
+            return (x * scale).mul_(weight)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Autograd's backward."""
+        x, weight, scale = ctx.saved_tensors
+        grad = grads[0].float() * weight
+        wide = x.float()
+        dot = (grad * wide).sum(-1, keepdim=True)
+        dot.mul_(scale).mul_(scale).mul_(scale).div_(x.shape[-1])
+        return grad.mul_(scale).addcmul_(wide, dot, value=-1).to(x.dtype), None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """``silu(gate) * up`` of (tokens, 2 * size) with gate first; keeps only its input."""
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, -1)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        """Autograd's backward."""
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, -1)
+        result = torch.empty_like(both)
+        into_gate, into_up = result.chunk(2, -1)
+        torch.mul(grads[0], functional.silu(gate), out=into_up)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=into_gate)
+        return result
+
+
+class GatedSiLU(torch.autograd.Function):
+    """``silu(gate) * up`` of two tensors; keeps only its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Autograd's backward."""
+        gate, up = ctx.saved_tensors
+        into_up = functional.silu(gate).mul_(grads[0])
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), into_up
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, sign: int) -> None:
+    half = x.shape[-1] // 2
+    torch.mul(x, cos, out=out)
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+
+
+class SplitRotate(torch.autograd.Function):
+    """(tokens, (heads + 2 * key heads) * dim) -> query, key, value, the first two rotated by their position.
+
+    Both halves of ``cos`` and of ``sin`` (tokens, dim) are equal, as transformers makes them, so the backward is
+    the rotation by the negative angle.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Autograd's forward."""
+        ctx.save_for_backward(cos, sin)
+        ctx.heads, ctx.key_heads = heads, key_heads
+        split = qkv.view(qkv.shape[0], heads + 2 * key_heads, -1)
+        turned = torch.empty_like(split[:, : heads + key_heads])
+        _rotate(split[:, : heads + key_heads], cos[:, None], sin[:, None], turned, 1)
+        return turned[:, :heads], turned[:, heads:], split[:, heads + key_heads :].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        """Autograd's backward."""
+        cos, sin = ctx.saved_tensors
+        query, key, value = grads
+        result = torch.empty(
+            query.shape[0],
+            ctx.heads + 2 * ctx.key_heads,
+            query.shape[2],
+            dtype=query.dtype,
+            device=query.device,
+        )
+        _rotate(query, cos[:, None], sin[:, None], result[:, : ctx.heads], -1)
+        _rotate(key, cos[:, None], sin[:, None], result[:, ctx.heads : -ctx.key_heads], -1)
+        result[:, -ctx.key_heads :] = value
+        return result.view(query.shape[0], -1), None, None, None, None
+
+
+class LoraLinear(torch.autograd.Function):
+    """``x W^T + bias + scale * dropout(x) A^T B^T`` with W frozen (Hu et al. 2021, arXiv:2106.09685).
+
+    ``keep`` is the dropout mask over the rows of x as bool, or None. Keeps the dropped x, the mask and the
+    (tokens, rank) product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        keep: torch.Tensor | None,
+        scale: float,
+        grow: float,
+    ) -> torch.Tensor:
+        """Autograd's forward."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = functional.linear(flat, weight, bias)
+        if keep is not None:
+            flat = keep.to(x.dtype).mul_(flat)
+        low = functional.linear(flat, a.to(x.dtype))
+        out.addmm_(low, b.to(x.dtype).t(), alpha=scale * grow)
+        ctx.save_for_backward(flat, weight, a, b, keep, low)
+        ctx.factor, ctx.shape = scale * grow, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Autograd's backward."""
+        flat, weight, a, b, keep, low = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        down = (grad @ b.to(grad.dtype)).mul_(ctx.factor)
+        into_b = (grad.t() @ low).mul_(ctx.factor).to(b.dtype)
+        into_a = (down.t() @ flat).to(a.dtype)
+        into_x = None
+        if ctx.needs_input_grad[0]:
+            into_x = grad @ weight
+            if keep is None:
+                into_x.addmm_(down, a.to(grad.dtype))
+            else:
+                into_x.addcmul_(down @ a.to(grad.dtype), keep.to(grad.dtype))
+            into_x = into_x.view(ctx.shape)
+        return into_x, None, None, into_a, into_b, None, None, None
+
+
+def random_keep(like: torch.Tensor, drop: float) -> torch.Tensor:
+    """A mask of ``like``'s (rows, columns) that is False with probability ``drop``, from torch's generator.
+
+    Probabilities are rounded to 1/65536: one draw of 64 bits serves four elements.
+    """
+    count = like.numel()
+    bits = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device)
+    bits.random_(-(1 << 63), None)
+    # int16 runs from -32768 to 32767
+    return (bits.view(torch.int16)[:count] >= round(drop * 65536) - 32768).view(like.shape)
