@@ -1,0 +1,1 @@
+"""What runs a model during an evaluation: one contract, one file a runtime."""
