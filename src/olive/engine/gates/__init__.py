@@ -1,0 +1,1 @@
+"""Checks between stages, each a hard failure."""

@@ -1,0 +1,115 @@
+"""Distances between the next-token distributions of two models."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+LONGEST = 256
+_ROWS = 128
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Running figures over the positions of all prompts; p is the reference.
+
+    Attributes:
+        positions: compared so far.
+        kl_sum: of KL(p || q), nat.
+        kl_max: worst position, nat.
+        agreed: positions where both have the same most likely token.
+        bad: positions of q with NaN or infinity.
+        entropy: sums of the entropies of p and q, as a share of ln(vocabulary).
+    """
+
+    positions: int = 0
+    kl_sum: float = 0.0
+    kl_max: float = 0.0
+    agreed: int = 0
+    bad: int = 0
+    entropy: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(p || q), nat a token."""
+        return self.kl_sum / max(self.positions - self.bad, 1)
+
+    @property
+    def top1(self) -> float:
+        """Share of positions where the most likely token agrees."""
+        return self.agreed / max(self.positions, 1)
+
+    def flatness(self, which: int) -> float:
+        """Mean entropy of p (0) or q (1) as a share of ln(vocabulary); 1 is no opinion at all."""
+        return self.entropy[which] / max(self.positions - self.bad, 1)
+
+    def add(self, reference: torch.Tensor, logits: torch.Tensor) -> None:
+        """Compare one prompt.
+
+        Args:
+            reference: logits of p, (positions, vocabulary), any floating dtype.
+            logits: of q, same shape. Computed in float64.
+        """
+        for start in range(0, len(reference), _ROWS):
+            self._add(reference[start : start + _ROWS].double(), logits[start : start + _ROWS].double())
+
+    def _add(self, reference: torch.Tensor, logits: torch.Tensor) -> None:
+        self.positions += len(reference)
+        sound = logits.isfinite().all(-1)
+        self.bad += int((~sound).sum())
+        p, q = reference[sound].log_softmax(-1), logits[sound].log_softmax(-1)
+        if not len(p):
+            return
+        shares = p.exp()
+        entropy = -(shares * p).sum(-1)
+        kl = (-entropy - (shares * q).sum(-1)).clamp(min=0)
+        self.kl_sum += float(kl.sum())
+        self.kl_max = max(self.kl_max, float(kl.max()))
+        self.agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        scale = math.log(p.shape[-1])
+        self.entropy = (
+            self.entropy[0] + float(entropy.sum()) / scale,
+            self.entropy[1] - float((q.exp() * q).sum()) / scale,
+        )
+
+
+def torch_logits(model: Any, prompts: Iterable[list[int]]) -> list[torch.Tensor]:
+    """Logits of a transformers model, one (positions, vocabulary) float32 tensor a prompt."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        return [
+            model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
+            for ids in prompts
+        ]
+
+
+def compare(
+    reference: Iterable[torch.Tensor],
+    prompts: Iterable[list[int]],
+    logits: Callable[[list[int]], torch.Tensor],
+) -> Comparison:
+    """Compare reference logits with those that ``logits`` gives for the same prompts."""
+    result = Comparison()
+    for expected, ids in zip(reference, prompts, strict=True):
+        result.add(expected, logits(ids))
+    return result
+
+
+def probes(prompts: list[list[int]], vocabulary: int, limit: int = 8) -> list[list[int]]:
+    """The prompts to compare on: at most ``limit`` of the document's, cut to 256 tokens each.
+
+    Without any, four of 24 random tokens: they exercise every weight, though they are no real text.
+    """
+    chosen = [ids[:LONGEST] for ids in prompts[:limit] if ids]
+    if chosen:
+        return chosen
+    draw = random.Random(0)  # noqa: S311 - no secret: the same probes in every run
+    return [[draw.randrange(vocabulary) for _ in range(24)] for _ in range(4)]

@@ -1,0 +1,236 @@
+"""The parity gate: the exported model says what its source says, on the execution provider it will run on."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from olive.config.workflow import ParityGate
+from olive.engine.gates.compare import Comparison, compare, probes, torch_logits
+from olive.engine.result import GateResult
+from olive.errors import PassFailed
+from olive.models.artifact import Artifact
+from olive.passes.base import PassContext
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+# precision -> (KL in nat a token, share of positions with the same most likely token). They catch what is
+# broken: a sound round-to-nearest int4 of a small model is at 0.1 to 0.5 and 0.7 to 0.9.
+_LIMITS = {
+    "fp32": (1e-3, 0.98),
+    "fp16": (2e-2, 0.95),
+    "bf16": (1e-1, 0.85),
+    "int8": (3e-1, 0.75),
+    "int4": (2.0, 0.25),
+}
+_FLAT, _SHARP = 0.995, 0.97
+_ANSWER, _STUCK = 16, 12
+_NEXT = {
+    "int4": "Use is_symmetric false, block_size 16 or algo_config k_quant_mixed, or precision int8.",
+    "int8": "Use precision fp16 or fp32.",
+}
+_EXPORT = "Compare onnxruntime and onnxruntime-genai with the tested set: olive doctor."
+
+
+def check(
+    before: Artifact, after: Path, settings: ParityGate, ctx: PassContext, prompts: list[list[int]]
+) -> GateResult:
+    """Compare the logits of ``before`` in PyTorch (float32) and ``after`` in ONNX Runtime at every position.
+
+    Args:
+        before: Hugging Face model.
+        after: folder with genai_config.json.
+        settings: thresholds; those left out depend on the precision and catch what is broken.
+        ctx: context of the export: target and precision.
+        prompts: token ids.
+
+    Raises:
+        PassFailed: NaN, flat logits, a distance above its limit, or an answer that is stuck on one token.
+    """
+    from olive.models.hf import load_model
+
+    runtime = _Runtime(after, ctx.target.execution_provider)
+    chosen = probes(prompts, runtime.vocabulary, settings.prompts)
+    model = load_model(before.path, dtype="float32").eval()
+    expected = torch_logits(model, chosen)
+    source_answer = _answer_of_source(model, chosen[0])
+    del model
+    gc.collect()
+    if runtime.last_only(chosen[0]):
+        expected = [logits[-1:] for logits in expected]
+    found = compare(expected, chosen, runtime.logits)
+    answer = runtime.answer(chosen[0], _ANSWER)
+    precision = str(ctx.attributes.get("precision", "fp32"))
+    max_kl, min_top1 = _LIMITS.get(precision, _LIMITS["int4"])
+    limits = {
+        "kl": settings.max_kl or max_kl,
+        "top1": min_top1 if settings.min_top1 is None else settings.min_top1,
+    }
+    _judge(found, limits, precision)
+    if _longest_run(answer) >= _STUCK > _longest_run(source_answer):
+        _fail(f"the exported model repeats token {answer[-1]} and its source does not", precision)
+    figures = {
+        "kl": found.kl,
+        "kl_worst_position": found.kl_max,
+        "top1": found.top1,
+        "positions": float(found.positions),
+        "flatness": found.flatness(1),
+        "flatness_source": found.flatness(0),
+        "longest_repeat": float(_longest_run(answer)),
+        "same_answer": _same(answer, source_answer),
+    }
+    text = f"{precision}: KL {found.kl:.3g} nat a token, top token agrees at {found.top1:.0%} of positions"
+    return GateResult(gate="parity", passed=True, figures=figures, limits=limits, text=text)
+
+
+def _judge(found: Comparison, limits: dict[str, float], precision: str) -> None:
+    if found.bad:
+        _fail(f"NaN or infinity at {found.bad} of {found.positions} positions", precision)
+    if found.flatness(1) > _FLAT and found.flatness(0) < _SHARP:
+        _fail(
+            f"flat logits: entropy {found.flatness(1):.1%} of a blind guess, source {found.flatness(0):.1%}",
+            precision,
+        )
+    if not found.kl <= limits["kl"]:
+        _fail(f"KL(source, exported) is {found.kl:.3g} nat a token, above {limits['kl']:.3g}", precision)
+    if not found.top1 >= limits["top1"]:
+        _fail(f"the top token agrees at {found.top1:.1%} of positions, below {limits['top1']:.1%}", precision)
+
+
+def _fail(message: str, precision: str) -> NoReturn:
+    raise PassFailed(
+        f"parity gate: {message} (precision {precision})",
+        where="ModelBuilder",
+        fix=_NEXT.get(precision, _EXPORT),
+    )
+
+
+def _does_not(what: str, error: Exception) -> PassFailed:
+    return PassFailed(
+        f"parity gate: the exported model does not {what}: {error}", where="ModelBuilder", fix=_EXPORT
+    )
+
+
+def _longest_run(tokens: list[int]) -> int:
+    """Length of the longest run of one token."""
+    best = length = 0
+    for number, token in enumerate(tokens):
+        length = length + 1 if number and token == tokens[number - 1] else 1
+        best = max(best, length)
+    return best
+
+
+def _same(answer: list[int], other: list[int]) -> float:
+    """Share of the answer up to the first difference."""
+    longest = max(len(answer), len(other), 1)
+    first = next((i for i, (a, b) in enumerate(zip(answer, other, strict=False)) if a != b), None)
+    return (min(len(answer), len(other)) if first is None else first) / longest
+
+
+def _answer_of_source(model: Any, ids: list[int]) -> list[int]:
+    import torch
+
+    made = list(ids)
+    stop = _ids(model.generation_config.eos_token_id)
+    with torch.inference_mode():
+        state = model(input_ids=torch.tensor([ids]), use_cache=True)
+        while len(made) < len(ids) + _ANSWER:
+            made.append(int(state.logits[0, -1].argmax()))
+            if made[-1] in stop:
+                break
+            state = model(
+                input_ids=torch.tensor([made[-1:]]), past_key_values=state.past_key_values, use_cache=True
+            )
+    return made[len(ids) :]
+
+
+def _ids(value: int | list[int] | None) -> set[int]:
+    return set(value) if isinstance(value, list) else set() if value is None else {value}
+
+
+class _Runtime:
+    """The exported decoder in ONNX Runtime."""
+
+    def __init__(self, folder: Path, provider: str) -> None:
+        import onnxruntime
+
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        decoder = config["decoder"]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        path = str(folder / decoder["filename"])
+        fallback = [] if provider == "CPUExecutionProvider" else ["CPUExecutionProvider"]
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=[provider, *fallback])
+        except Exception as error:
+            raise _does_not("load", error) from error
+        if self.session.get_providers()[0] != provider:
+            raise PassFailed(
+                f"parity gate: asked for {provider}, the session runs on {self.session.get_providers()[0]}",
+                where="ModelBuilder",
+                fix=f"Install an onnxruntime that brings {provider}, or change the target.",
+            )
+        self.vocabulary = int(config["vocab_size"])
+        self.stop = _ids(config.get("eos_token_id"))
+        self._head_size = int(decoder["head_size"])
+        self._outputs = [output.name for output in self.session.get_outputs()]
+        self._logits = self._outputs.index(decoder["outputs"]["logits"])
+        self._past = {i.name: i for i in self.session.get_inputs() if i.name.startswith("past")}
+        self._names = {i.name for i in self.session.get_inputs()}
+
+    def last_only(self, ids: list[int]) -> bool:
+        """Whether the model gives the logits of the last position alone."""
+        return len(ids) > 1 and len(self.logits(ids)) == 1
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """(positions, vocabulary) float32."""
+        import torch
+
+        return torch.from_numpy(self._run(ids, 0, self._empty())[self._logits][0].astype("float32"))
+
+    def answer(self, ids: list[int], length: int) -> list[int]:
+        """Greedy continuation through the key-value cache, at most ``length`` tokens."""
+        made: list[int] = []
+        past, feed = self._empty(), ids
+        while len(made) < length:
+            values = self._run(feed, len(ids) + len(made) - len(feed), past)
+            made.append(int(values[self._logits][0, -1].argmax()))
+            if made[-1] in self.stop:
+                break
+            present = dict(zip(self._outputs, values, strict=True))
+            past = {name: present[name.replace("past_key_values", "present")] for name in self._past}
+            feed = made[-1:]
+        return made
+
+    def _run(self, ids: list[int], seen: int, past: dict[str, np.ndarray]) -> list[np.ndarray]:
+        import numpy as np
+
+        feeds: dict[str, Any] = {
+            "input_ids": np.array([ids], dtype=np.int64),
+            "attention_mask": np.ones((1, seen + len(ids)), dtype=np.int64),
+            "position_ids": np.arange(seen, seen + len(ids), dtype=np.int64)[None],
+        }
+        feeds = {name: value for name, value in feeds.items() if name in self._names} | past
+        try:
+            values: list[np.ndarray] = self.session.run(self._outputs, feeds)
+        except Exception as error:
+            raise _does_not("run", error) from error
+        return values
+
+    def _empty(self) -> dict[str, np.ndarray]:
+        import numpy as np
+
+        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        empty = {}
+        for name, value in self._past.items():
+            if value.type not in kinds:
+                raise PassFailed(
+                    f"parity gate: cannot feed {name} of type {value.type}", where="ModelBuilder"
+                )
+            heads = value.shape[1]
+            empty[name] = np.zeros((1, heads, 0, self._head_size), dtype=kinds[value.type])
+        return empty

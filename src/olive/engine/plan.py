@@ -1,0 +1,337 @@
+"""What a run would do, found without doing it: steps, keys, requirements, estimates, problems."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from olive.config.loader import Loaded
+from olive.config.workflow import Accelerator, PassEntry, Workflow
+from olive.data.plan import Preview, preview
+from olive.data.split import split_seed
+from olive.engine.keys import data_names, step_parts
+from olive.engine.output import check_output
+from olive.errors import EnvironmentFault, OliveError, Problem, Severity
+from olive.evaluation.check import check_evaluator
+from olive.hardware.machine import Machine
+from olive.hardware.probe import disk_free, probe, training_dtype
+from olive.hardware.tested import check as check_versions
+from olive.models.artifact import Artifact, Kind, ModelInfo
+from olive.models.hf import describe, native_architecture, needs_remote_code
+from olive.passes.base import Cost
+from olive.passes.registry import resolve
+from olive.resources.digest import folder_digest
+from olive.resources.resolve import locate
+from olive.store.keys import key as make_key
+from olive.store.store import Store
+
+MARGIN = 256 << 20  # bytes of disk kept free beside the estimates
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One step as it would run.
+
+    Attributes:
+        name, type: as in the document.
+        params: resolved, as JSON.
+        host: name of the system it runs on.
+        accelerator: the host's device and providers.
+        dtype: the dtype the device trains in natively.
+        key: cache key; None until the step before it has run.
+        cached: the store holds its result.
+        cost: expected memory, disk and time.
+    """
+
+    name: str
+    type: str
+    params: dict[str, Any]
+    host: str
+    accelerator: Accelerator
+    dtype: str
+    key: str | None
+    cached: bool
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What ``run`` will do. ``findings`` holds errors too: ``raise_errors(plan.findings)`` stops on them."""
+
+    loaded: Loaded
+    workflow: Workflow
+    document: dict[str, Any]
+    base_dir: Path
+    machine: Machine
+    model: Artifact | None
+    info: ModelInfo | None
+    steps: tuple[PlannedStep, ...]
+    previews: Mapping[str, Preview]
+    findings: tuple[Problem, ...]
+    store_root: Path
+    output_dir: Path
+    disk_free: int
+
+    @property
+    def to_run(self) -> tuple[PlannedStep, ...]:
+        """Steps that the store does not hold."""
+        return tuple(step for step in self.steps if not step.cached)
+
+
+def accelerator_of(workflow: Workflow, system: str) -> Accelerator:
+    """The device and providers of a system of the document."""
+    accelerators = workflow.systems[system].accelerators if system in workflow.systems else ()
+    return accelerators[0] if accelerators else Accelerator()
+
+
+def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | None = None) -> Plan:
+    """Plan the workflow. Never imports torch, never downloads, never writes outside the cache folder."""
+    workflow = loaded.workflow
+    machine = probe()
+    root = (cache_dir or loaded.base_dir / workflow.cache_dir).absolute()
+    out = (output_dir or loaded.base_dir / workflow.output_dir).absolute()
+    findings: list[Problem] = [*loaded.findings, *check_versions(machine.packages)]
+    findings += _check_devices(workflow, machine)
+    findings += check_output(out, root)
+    info, model = _input(loaded, root, findings)
+    if info is not None:
+        findings += _check_trust(workflow, info)
+    previews = _previews(loaded, info, findings)
+    findings += _check_passes(workflow, info, machine)
+    for name in {entry.evaluator for entry in workflow.passes.values()} | {workflow.evaluator}:
+        if name is not None:
+            findings += check_evaluator(workflow.evaluators[name], workflow)
+    broken = any(problem.severity is Severity.ERROR for problem in findings)
+    steps = tuple(_steps(loaded, info, None if broken else model, machine, root, previews))
+    findings += _check_resources(steps, machine, root)
+    return Plan(
+        loaded=loaded,
+        workflow=workflow,
+        document=loaded.document,
+        base_dir=loaded.base_dir,
+        machine=machine,
+        model=model,
+        info=info,
+        steps=steps,
+        previews=previews,
+        findings=tuple(findings),
+        store_root=root,
+        output_dir=out,
+        disk_free=disk_free(root),
+    )
+
+
+def input_artifact(loaded: Loaded, folder: Path, root: Path) -> Artifact:
+    """The input model, digested."""
+    memo = root / "digests.json"
+    given = loaded.workflow.input_model
+    base = Artifact(kind=Kind.HF, path=folder, digest=folder_digest(folder, memo))
+    if given.adapter_path is None:
+        return base
+    adapter = locate(given.adapter_path, loaded.base_dir)
+    return Artifact(kind=Kind.ADAPTER, path=adapter, digest=folder_digest(adapter, memo), base=base)
+
+
+def _input(loaded: Loaded, root: Path, findings: list[Problem]) -> tuple[ModelInfo | None, Artifact | None]:
+    given = loaded.workflow.input_model
+    try:
+        folder = locate(given.model_path, loaded.base_dir, given.load_kwargs.revision)
+        info = describe(folder)
+        return info, input_artifact(loaded, folder, root)
+    except OliveError as error:
+        findings.extend(error.problems)
+        return None, None
+
+
+def _check_devices(workflow: Workflow, machine: Machine) -> Iterator[Problem]:
+    for name in sorted(
+        {workflow.host, workflow.target} | {e.host for e in workflow.passes.values() if e.host}
+    ):
+        accelerator = accelerator_of(workflow, name)
+        where = f"systems.{name}"
+        if accelerator.device == "gpu" and not machine.gpus:
+            yield Problem(
+                "the document asks for a GPU, and this machine has none with a working driver",
+                where,
+                'Set its accelerators to [{"device": "cpu", "execution_providers": '
+                '["CPUExecutionProvider"]}], or run on a machine with CUDA.',
+                exit_code=5,
+            )
+        elif accelerator.device == "npu":
+            yield Problem("no pass of this version runs on an NPU", where, "Use cpu or gpu.", exit_code=5)
+        elif accelerator.execution_provider not in machine.execution_providers:
+            yield Problem(
+                f"{accelerator.execution_provider} is not available here; there is "
+                f"{', '.join(machine.execution_providers)}",
+                where,
+                "Name one of these, or install the onnxruntime build that brings it.",
+                exit_code=5,
+            )
+
+
+def _check_trust(workflow: Workflow, info: ModelInfo) -> Iterator[Problem]:
+    kwargs = workflow.input_model.load_kwargs
+    native = native_architecture(info)
+    if kwargs.trust_remote_code and native:
+        yield Problem(
+            f"trust_remote_code has no effect: transformers knows {info.architecture} itself",
+            "input_model.load_kwargs",
+            "Drop it.",
+            Severity.NOTE,
+        )
+    elif not native and needs_remote_code(info.config):
+        pinned = kwargs.revision is not None and len(kwargs.revision) == 40
+        if not (kwargs.trust_remote_code and pinned):
+            yield Problem(
+                f"{info.architecture} runs code from the model's folder",
+                "input_model.load_kwargs",
+                "Read the code, then set trust_remote_code: true and a revision of 40 hex digits.",
+                exit_code=6,
+            )
+
+
+def _previews(loaded: Loaded, info: ModelInfo | None, findings: list[Problem]) -> dict[str, Preview]:
+    workflow = loaded.workflow
+    used = {name for entry in workflow.passes.values() for name in data_names(entry)}
+    used |= {m.data_config for e in workflow.evaluators.values() for m in e.metrics if m.data_config}
+    previews: dict[str, Preview] = {}
+    for config in workflow.data_configs:
+        if config.name in used and info is not None:
+            try:
+                held_out, seed = _held_out(workflow, config.name)
+                previews[config.name] = preview(
+                    config, loaded.base_dir, info.path, eval_size=held_out, seed=seed
+                )
+            except OliveError as error:
+                findings.extend(error.problems)
+            else:
+                findings.extend(previews[config.name].problems)
+    return previews
+
+
+def _held_out(workflow: Workflow, name: str) -> tuple[float, int | None]:
+    """What the pass that trains on this data splits off for evaluation, and its seed."""
+    for entry in workflow.passes.values():
+        if getattr(entry.params, "train_data_config", None) == name:
+            size = getattr(entry.params, "eval_dataset_size", None) or 0
+            return size, split_seed(getattr(entry.params, "training_args", {}))
+    return 0, None
+
+
+def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) -> Iterator[Problem]:
+    kind = Kind.ADAPTER if workflow.input_model.adapter_path else Kind.HF
+    for name, entry in workflow.passes.items():
+        technique = resolve(entry.type)()
+        where = f"passes.{name}"
+        if kind not in technique.accepts:
+            wanted = " or ".join(item.value for item in technique.accepts)
+            yield Problem(
+                f"{entry.type} takes a model of kind {wanted}, and what comes before it makes {kind.value}",
+                where,
+                "Reorder the passes"
+                + (
+                    ", or put LoRA before it."
+                    if Kind.ADAPTER in technique.accepts
+                    else ", or put MergeAdapterWeights before it."
+                ),
+            )
+        kind = technique.produces
+        missing = [library for library in technique.libraries if library not in machine.packages]
+        if missing:
+            yield Problem(
+                f"{entry.type} needs {', '.join(missing)}, not installed",
+                where,
+                f"pip install 'olive-next[{technique.extra}]'",
+                exit_code=5,
+            )
+        if info is not None:
+            accelerator = accelerator_of(workflow, entry.host or workflow.host)
+            for problem in technique.check(info, entry.params, machine, accelerator):
+                located = where if problem.where is None else f"{where}.{problem.where}"
+                yield Problem(problem.message, located, problem.fix, problem.severity, problem.exit_code)
+
+
+def _steps(
+    loaded: Loaded,
+    info: ModelInfo | None,
+    model: Artifact | None,
+    machine: Machine,
+    root: Path,
+    previews: Mapping[str, Preview],
+) -> Iterator[PlannedStep]:
+    workflow = loaded.workflow
+    store = Store(root) if model is not None else None
+    for name, entry in workflow.passes.items():
+        host = entry.host or workflow.host
+        accelerator = accelerator_of(workflow, host)
+        step_key, found = None, None
+        if model is not None and store is not None:
+            parts = _parts(loaded, entry, model, machine, root)
+            step_key = make_key(parts)
+            found = store.lookup(step_key, verify=False)
+        yield PlannedStep(
+            name=name,
+            type=entry.type,
+            params=entry.params.model_dump(mode="json"),
+            host=host,
+            accelerator=accelerator,
+            dtype=training_dtype(machine, accelerator.device),
+            key=step_key,
+            cached=found is not None,
+            cost=resolve(entry.type)().estimate(info, entry.params, machine)
+            if info
+            else Cost(memory=0, disk=0),
+        )
+        model = None if found is None or model is None else stored_artifact(found, model)
+
+
+def _parts(loaded: Loaded, entry: PassEntry, model: Artifact, machine: Machine, root: Path) -> dict[str, Any]:
+    workflow = loaded.workflow
+    return step_parts(
+        entry,
+        model,
+        workflow,
+        accelerator=accelerator_of(workflow, entry.host or workflow.host),
+        target=accelerator_of(workflow, workflow.target),
+        machine=machine,
+        base_dir=loaded.base_dir,
+        memo=root / "digests.json",
+    )
+
+
+def stored_artifact(entry: Any, model: Artifact) -> Artifact:
+    """The artifact in a store entry; an adapter refers to the model it was trained on."""
+    kind = Kind(entry.meta["kind"])
+    base = (model.base or model) if kind is Kind.ADAPTER else None
+    return Artifact(
+        kind=kind, path=entry.path, digest=entry.digest, attributes=entry.meta["attributes"], base=base
+    )
+
+
+def _check_resources(steps: Iterable[PlannedStep], machine: Machine, root: Path) -> Iterator[Problem]:
+    to_run = [step for step in steps if not step.cached]
+    disk = sum(step.cost.disk for step in to_run)
+    try:
+        free = disk_free(root)
+    except EnvironmentFault as error:
+        yield from error.problems
+        return
+    if to_run and free < disk + MARGIN:
+        yield Problem(
+            f"the run writes about {disk:,} bytes, and {root} has {free:,} free",
+            "cache_dir",
+            "Free space, run `olive cache gc`, or set cache_dir to a larger disk.",
+            exit_code=5,
+        )
+    for step in to_run:
+        if step.cost.memory > machine.memory_available:
+            yield Problem(
+                f"needs about {step.cost.memory / 2**30:.1f} GiB of memory, and "
+                f"{machine.memory_available / 2**30:.1f} GiB are available",
+                f"passes.{step.name}",
+                "Close other programs, lower max_seq_len or the batch size, or use a larger machine.",
+                Severity.ERROR if step.cost.memory > machine.memory else Severity.WARNING,
+                5,
+            )

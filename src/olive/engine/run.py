@@ -1,0 +1,246 @@
+"""Carry a plan out: steps through the store, gates, evaluation, delivery."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from olive.config.workflow import Evaluator, PassEntry
+from olive.engine.keys import data_names, evaluation_parts, step_parts
+from olive.engine.output import MODEL
+from olive.engine.plan import Plan, accelerator_of, stored_artifact
+from olive.engine.prompts import rendered_sample, sample_prompts
+from olive.engine.result import Finding, GateResult, RunResult, StepResult
+from olive.errors import InternalError, Problem, Severity, raise_errors
+from olive.evaluation.score import Score
+from olive.hardware.probe import peak_memory
+from olive.models.artifact import Artifact
+from olive.passes.base import PassContext, Progress
+from olive.passes.registry import resolve
+from olive.store.keys import key as make_key
+from olive.store.store import Entry, Store
+from olive.systems.job import Job
+from olive.systems.local import execute, failures_named, quiet_libraries
+
+
+@dataclass(slots=True)
+class _Run:
+    """State of a run in progress."""
+
+    plan: Plan
+    store: Store
+    progress: Progress
+    peak: int = 0
+    findings: list[Problem] = field(default_factory=list)
+    prompts: list[list[int]] | None = None
+
+    @property
+    def memo(self) -> Path:
+        return self.store.root / "digests.json"
+
+
+def run(plan: Plan, progress: Progress) -> RunResult:
+    """Carry ``plan`` out and deliver the model to its output folder.
+
+    Raises:
+        OliveError: an error of the plan, a pass, a gate or the environment; finished steps are kept.
+    """
+    raise_errors(plan.findings)
+    if plan.model is None:
+        raise InternalError("a plan without errors has no input model")
+    quiet_libraries()
+    if Path(plan.workflow.input_model.model_path).exists() or plan.model.path.is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    started, clock, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
+    state = _Run(plan, Store(plan.store_root), progress)
+    workflow = plan.workflow
+    input_scores: tuple[Score, ...] = ()
+    if workflow.evaluator and workflow.evaluate_input_model:
+        progress.note("evaluating the input model")
+        input_scores = _evaluate(state, workflow.evaluators[workflow.evaluator], plan.model)
+    steps, last, model = [], None, plan.model
+    names = list(workflow.passes)
+    for name, entry in workflow.passes.items():
+        result, last, model = _step(state, name, entry, model)
+        evaluator = entry.evaluator or (workflow.evaluator if name == names[-1] else None)
+        if evaluator:
+            progress.note(f"evaluating the result of {name}")
+            scores = _evaluate(state, workflow.evaluators[evaluator], model)
+            result = result.model_copy(update={"scores": scores})
+        steps.append(result)
+    if last is None:
+        raise InternalError("a plan without passes was run")
+    state.store.materialise(last, plan.output_dir / MODEL)
+    sample, template = rendered_sample(plan)
+    return RunResult(
+        document=plan.document,
+        input_size=_size(plan.model.path),
+        input_scores=input_scores,
+        steps=tuple(steps),
+        output_dir=str(plan.output_dir),
+        machine=plan.machine.model_dump(mode="json", exclude={"packages", "memory_available"}),
+        versions=plan.machine.packages,
+        started=started.isoformat(timespec="seconds"),
+        seconds=time.monotonic() - clock,
+        cpu_seconds=time.process_time() - cpu,
+        peak_memory=max([state.peak, peak_memory(), *(s.peak_memory for s in steps if not s.cached)]),
+        findings=tuple(
+            Finding(severity=p.severity.value, message=p.message, where=p.where, fix=p.fix)
+            for p in [*plan.findings, *state.store.findings, *state.findings]
+            if p.severity is not Severity.ERROR
+        ),
+        prompt_template=template,
+        sample=sample,
+    )
+
+
+def _step(state: _Run, name: str, entry: PassEntry, model: Artifact) -> tuple[StepResult, Entry, Artifact]:
+    plan = state.plan
+    workflow = plan.workflow
+    accelerator = accelerator_of(workflow, entry.host or workflow.host)
+    target = accelerator_of(workflow, workflow.target)
+    parts = step_parts(
+        entry,
+        model,
+        workflow,
+        accelerator=accelerator,
+        target=target,
+        machine=plan.machine,
+        base_dir=plan.base_dir,
+        memo=state.memo,
+    )
+    key = make_key(parts)
+    found = state.store.lookup(key)
+    cached = found is not None
+    if found is None:
+        waiting = "another run computes this step; waiting for it"
+        with state.store.claim(key, lambda: state.progress.note(f"{name}: {waiting}")):
+            found = state.store.lookup(key) or _compute(state, name, entry, model, key, parts)
+    return _step_result(name, found, cached), found, stored_artifact(found, model)
+
+
+def _compute(
+    state: _Run, name: str, entry: PassEntry, model: Artifact, key: str, parts: dict[str, Any]
+) -> Entry:
+    """Run a step that the store does not hold, hold it against its gates, and store it."""
+    plan = state.plan
+    workflow = plan.workflow
+    technique = resolve(entry.type)
+    accelerator = accelerator_of(workflow, entry.host or workflow.host)
+    target = accelerator_of(workflow, workflow.target)
+    journal = state.store.journal(key)
+    needed = next(step.cost.disk for step in plan.steps if step.name == name)
+    with state.store.stage(needed=needed) as staging:
+        job = Job(
+            step=name,
+            type=technique.__name__,
+            params=entry.params.model_dump(mode="json"),
+            model=model,
+            data={data: workflow.data_config(data) for data in data_names(entry)},
+            base_dir=plan.base_dir,
+            accelerator=accelerator,
+            target=target,
+            out=staging.path,
+            journal=journal.path,
+        )
+        result, ctx = execute(job, state.progress)
+        with failures_named(job):
+            gates = _gates(state, job, ctx)
+        meta = {
+            "step": name,
+            "type": job.type,
+            "kind": technique.produces.value,
+            "attributes": result.attributes,
+            "facts": result.facts,
+            "series": result.series,
+            "seconds": result.seconds,
+            "peak_memory": result.peak_memory,
+            "gates": [gate.model_dump(mode="json") for gate in gates],
+        }
+        with failures_named(job):
+            found = state.store.publish(staging, key, meta, parts)
+    journal.clear()
+    return found
+
+
+def _step_result(name: str, entry: Entry, cached: bool) -> StepResult:
+    meta: dict[str, Any] = entry.meta
+    return StepResult(
+        name=name,
+        type=meta["type"],
+        key=entry.key,
+        cached=cached,
+        seconds=meta["seconds"],
+        peak_memory=meta["peak_memory"],
+        kind=meta["kind"],
+        digest=entry.digest,
+        size=entry.size,
+        gates=tuple(GateResult.model_validate(gate) for gate in meta["gates"]),
+        series=meta["series"],
+        facts=meta["facts"],
+    )
+
+
+def _gates(state: _Run, job: Job, ctx: PassContext) -> list[GateResult]:
+    """Hold what a step made against its gates; a failure raises and nothing is stored."""
+    from olive.engine.gates import bundle, merge, parity
+
+    checks: dict[str, Callable[..., GateResult]] = {
+        "merge": merge.check,
+        "parity": parity.check,
+        "bundle": bundle.check,
+    }
+    results = []
+    for name in resolve(job.type).gates:
+        settings = getattr(state.plan.workflow.gates, name)
+        if not settings.enabled:
+            message = f"the {name} gate is switched off by the document"
+            state.findings.append(Problem(message, job.step, severity=Severity.WARNING))
+            continue
+        state.progress.note(f"{name} gate")
+        if state.prompts is None:
+            state.prompts = sample_prompts(state.plan, state.plan.workflow.gates.parity.prompts)
+        results.append(checks[name](job.model, job.out, settings, ctx, state.prompts))
+    return results
+
+
+def _evaluate(state: _Run, evaluator: Evaluator, model: Artifact) -> tuple[Score, ...]:
+    """Scores of a model, from the store when this very evaluation has run here before."""
+    import json
+
+    plan = state.plan
+    key_parts = evaluation_parts(evaluator, model, plan.workflow, plan.machine, plan.base_dir, state.memo)
+    key = make_key(key_parts)
+    found = state.store.lookup(key)
+    if found is None:
+        from olive.evaluation.evaluate import evaluate
+
+        scores = evaluate(
+            model,
+            evaluator,
+            data=_by_name(plan),
+            base_dir=plan.base_dir,
+            machine=plan.machine,
+            accelerator=accelerator_of(plan.workflow, plan.workflow.target),
+            progress=state.progress,
+        )
+        with state.store.stage() as staging:
+            body = json.dumps([score.model_dump(mode="json") for score in scores])
+            (staging.path / "scores.json").write_text(body, encoding="utf-8")
+            found = state.store.publish(staging, key, {"type": "evaluation", "kind": "scores"}, key_parts)
+        state.peak = max(state.peak, peak_memory())
+    listed = json.loads((found.path / "scores.json").read_text(encoding="utf-8"))
+    return tuple(Score.model_validate(item) for item in listed)
+
+
+def _by_name(plan: Plan) -> Mapping[str, Any]:
+    return {config.name: config for config in plan.workflow.data_configs}
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,54 @@
+"""The one unit a host executes: everything a pass needs, as a JSON file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from olive.config.base import Frozen
+from olive.config.workflow import Accelerator, DataConfig
+from olive.models.artifact import Artifact
+
+
+class Job(Frozen):
+    """One pass on one model.
+
+    Attributes:
+        step: name of the step in the document.
+        type: name of the pass.
+        params: its parameters, as JSON.
+        model: what it works on.
+        data: the data configs it may read.
+        base_dir: folder that relative data paths are looked up in.
+        accelerator, target: where it runs and what it makes the model for.
+        out: empty staging folder.
+        journal: folder of the step's checkpoints.
+    """
+
+    step: str
+    type: str
+    params: dict[str, Any]
+    model: Artifact
+    data: dict[str, DataConfig]
+    base_dir: Path
+    accelerator: Accelerator
+    target: Accelerator
+    out: Path
+    journal: Path
+
+
+class JobResult(Frozen):
+    """What a job reports beside the files it wrote.
+
+    Attributes:
+        attributes: attributes of the artifact.
+        facts, series: kept with the step's result.
+        seconds: wall time.
+        peak_memory: resident bytes at the peak.
+    """
+
+    attributes: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    series: dict[str, list[dict[str, float]]] = {}
+    seconds: float
+    peak_memory: int

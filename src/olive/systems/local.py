@@ -1,0 +1,94 @@
+"""Run a job in this process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import warnings
+
+from olive.errors import EnvironmentFault, OliveError, PassFailed
+from olive.hardware.probe import peak_memory, probe, reset_peak_memory
+from olive.passes.base import PassContext, Progress
+from olive.passes.registry import resolve
+from olive.store.faults import environment_fault, full_disk
+from olive.store.journal import Journal
+from olive.systems.job import Job, JobResult
+
+
+def context(job: Job, progress: Progress) -> PassContext:
+    """What the pass of ``job`` is given."""
+    return PassContext(
+        out=job.out,
+        machine=probe(),
+        accelerator=job.accelerator,
+        target=job.target,
+        data=job.data,
+        base_dir=job.base_dir,
+        progress=progress,
+        journal=Journal(job.journal),
+    )
+
+
+def execute(job: Job, progress: Progress) -> tuple[JobResult, PassContext]:
+    """Run the pass into ``job.out`` and check what it wrote.
+
+    Raises:
+        EnvironmentFault: disk or memory ran out.
+        PassFailed: the pass raised, or its artifact is not what it declares.
+    """
+    quiet_libraries()
+    technique = resolve(job.type)()
+    params = technique.Params.model_validate(job.params)
+    ctx = context(job, progress)
+    reset_peak_memory()
+    started = time.monotonic()
+    with failures_named(job):
+        technique.run(job.model, params, ctx)
+        technique.ensure(job.out)
+    gc.collect()
+    result = JobResult(
+        attributes=ctx.attributes,
+        facts=ctx.facts,
+        series=ctx.series,
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+    )
+    return result, ctx
+
+
+class failures_named:  # noqa: N801 - a context manager, used as a verb
+    """Turn whatever third-party code raises into an error that names the step and who must act."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, OliveError) or not isinstance(error, Exception):
+            return
+        where = f"step {self.job.step} ({self.job.type})"
+        full = full_disk(error, self.job.out)
+        if full is not None:
+            raise environment_fault(full, self.job.out, where) from error
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+            raise EnvironmentFault(
+                f"memory ran out: {error}",
+                where=where,
+                fix="Lower max_seq_len or the batch size, or use a larger machine.",
+            ) from error
+        raise PassFailed(
+            f"{type(error).__name__}: {error}", where=where, fix="Run again with --debug for the traceback."
+        ) from error
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries of a job from talking to the network or over the progress bar."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
