@@ -1,0 +1,36 @@
+"""``olive run``: the whole way through."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from olive.cli.arguments import Parser, add_document, document
+
+
+def configure_run(parser: Parser) -> None:
+    """What ``olive run`` takes."""
+    add_document(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan the document, carry it out, say what came of it."""
+    from olive.errors import raise_errors
+    from olive.report.console import problems, relative, summary
+    from olive.workflows import carry_out, plan
+
+    planned = plan(document(args), output_dir=args.output_dir, cache_dir=args.cache_dir)
+    warnings = [problem for problem in planned.findings if problem.severity.value != "error"]
+    if warnings:
+        print(problems(warnings), end="\n\n", file=sys.stderr, flush=True)
+    raise_errors(planned.findings)
+    waiting = [step.name for step in planned.to_run]
+    what = f"to run: {', '.join(waiting)}" if waiting else "every step is in the cache"
+    print(f"{len(planned.steps)} steps, {what}", file=sys.stderr, flush=True)
+    args.kept = (
+        f"Finished steps and checkpoints are kept in {relative(planned.store_root)}; "
+        "the same command continues from there."
+    )
+    result = carry_out(planned)
+    print(summary(result, relative(planned.output_dir)))
+    return 0

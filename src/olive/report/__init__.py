@@ -1,0 +1,1 @@
+"""Terminal summary, HTML page, model card, run.json."""

@@ -1,0 +1,100 @@
+"""The way through, as Python: ``from olive.workflows import run``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from olive.config.loader import Loaded
+    from olive.engine.plan import Plan
+    from olive.engine.result import RunResult
+    from olive.passes.base import Progress
+
+__all__ = ["load", "plan", "run"]
+
+Document = str | Path | Mapping[str, Any]
+
+
+def load(run_config: Document) -> Loaded:
+    """Read and check a document.
+
+    Args:
+        run_config: a JSON or YAML file, or the document itself.
+
+    Raises:
+        ConfigError: the document is wrong; one problem a cause.
+    """
+    from olive.config.loader import load as load_document
+    from olive.passes.registry import names, params_of
+
+    return load_document(run_config, params_of=params_of, pass_names=names())
+
+
+def plan(
+    run_config: Document, *, output_dir: str | Path | None = None, cache_dir: str | Path | None = None
+) -> Plan:
+    """Say what a run would do, without doing it. Problems are in the plan's ``findings``.
+
+    Args:
+        run_config: a JSON or YAML file, or the document itself.
+        output_dir: replaces the document's.
+        cache_dir: replaces the document's.
+
+    Raises:
+        ConfigError: the document is wrong.
+    """
+    from olive.engine.plan import plan as make_plan
+
+    return make_plan(
+        load(run_config),
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        output_dir=None if output_dir is None else Path(output_dir),
+    )
+
+
+def run(
+    run_config: Document,
+    *,
+    output_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Plan the document, carry the plan out, write the reports.
+
+    Args:
+        run_config: a JSON or YAML file, or the document itself.
+        output_dir: replaces the document's.
+        cache_dir: replaces the document's.
+        progress: told how far it is; default: a bar or lines on standard error.
+
+    Returns:
+        The result; the model is in ``model/`` of its ``output_dir``.
+
+    Raises:
+        OliveError: with the reason and what to do; finished steps are kept.
+    """
+    return carry_out(plan(run_config, output_dir=output_dir, cache_dir=cache_dir), progress)
+
+
+def carry_out(planned: Plan, progress: Progress | None = None) -> RunResult:
+    """Carry a plan out and write the reports.
+
+    Raises:
+        OliveError: with the reason and what to do; finished steps are kept.
+    """
+    from olive.engine.run import run as run_plan
+    from olive.report.progress import progress_for
+    from olive.report.write import write
+
+    if progress is not None:
+        result = run_plan(planned, progress)
+    else:
+        own = progress_for()
+        try:
+            result = run_plan(planned, own)
+        finally:
+            own.close()
+    write(result, planned.output_dir)
+    return result
