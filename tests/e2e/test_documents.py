@@ -1,0 +1,120 @@
+"""The published documents run as written, in every spelling, on real weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e_helpers import olive
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "phi3-tone"
+BASE = EXAMPLE / "model-cache" / "microsoft" / "phi-3-mini"
+
+
+def workspace(root: Path, rows: int | None) -> Path:
+    """A folder laid out as the published document expects, with the first ``rows`` of each tone in turn."""
+    folder = root / "work"
+    (folder / "dataset").mkdir(parents=True)
+    (folder / "model-cache" / "microsoft").mkdir(parents=True)
+    (folder / "model-cache" / "microsoft" / "phi-3-mini").symlink_to(BASE)
+    lines = (EXAMPLE / "dataset" / "dataset-classification.json").read_text().splitlines()
+    (folder / "dataset" / "dataset-classification.json").write_text("\n".join(lines[:rows]) + "\n")
+    shutil.copy(EXAMPLE / "olive-config.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Document A, run once as published (10 steps); few rows, so that a step is one block of 2,048 tokens."""
+    folder = workspace(tmp_path_factory.mktemp("a"), rows=130)
+    return folder, olive("run", "--config", "olive-config.json", cwd=folder)
+
+
+def keys(folder: Path) -> list[str]:
+    result = json.loads((folder / "run.json").read_text())
+    return [step["key"] for step in result["steps"]]
+
+
+def test_document_a_runs(published: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = published
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = folder.parent / "model-cache" / "models" / "phi3-finetuned"
+    assert (out / "model" / "genai_config.json").is_file()
+    for name in ("run.json", "report.html", "README.md"):
+        assert (out / name).is_file()
+    text = done.stdout + done.stderr
+    assert "lora_r" in text
+    assert "double_quant" in text
+    assert "max_steps" in text
+    assert "eval_steps" in text
+    assert "trust_remote_code" in text
+
+
+def test_a_second_run_does_no_work(published: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = published
+    done = olive("run", "--config", "olive-config.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    out = folder.parent / "model-cache" / "models" / "phi3-finetuned"
+    assert all(step["cached"] for step in json.loads((out / "run.json").read_text())["steps"])
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_the_migrated_document_has_the_same_keys(
+    published: tuple[Path, subprocess.CompletedProcess[str]], suffix: str
+) -> None:
+    folder, _ = published
+    out = folder.parent / "model-cache" / "models" / "phi3-finetuned"
+    before = keys(out)
+    migrated = olive("config", "migrate", "olive-config.json", "-o", f"new.{suffix}", cwd=folder)
+    assert migrated.returncode == 0, migrated.stderr
+    done = olive("run", "--config", f"new.{suffix}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert keys(out) == before
+    assert "is now" not in done.stderr + done.stdout
+
+
+def sibling_spellings(document: dict[str, Any]) -> dict[str, Any]:
+    """Document B: the older names for data and loading, and the chat-like template."""
+    data = document["data_configs"][0]
+    name = data.pop("name")
+    data["params_config"] = data.pop("load_dataset_config")["params"]
+    params = data.pop("pre_process_data_config")["params"]
+    params["text_template"] = "<|user|>\n{phrase}<|end|>\n<|assistant|>\n{tone}<|end|>"
+    data["component_kwargs"] = {"pre_process_data": params}
+    document["data_configs"] = {name: data}
+    loading = document["input_model"]["config"]["hf_config"]
+    loading["from_pretrained_args"] = loading.pop("model_loading_args")
+    return document
+
+
+def test_document_b_plans(tmp_path: Path) -> None:
+    folder = workspace(tmp_path, rows=200)
+    document = sibling_spellings(json.loads((folder / "olive-config.json").read_text()))
+    (folder / "b.json").write_text(json.dumps(document))
+    done = olive("plan", "b.json", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "<|assistant|>" in done.stdout
+
+
+def test_document_b_on_a_gpu_is_refused_at_plan(tmp_path: Path) -> None:
+    folder = workspace(tmp_path, rows=200)
+    document = sibling_spellings(json.loads((folder / "olive-config.json").read_text()))
+    document["systems"]["local_system"]["config"]["accelerators"] = [
+        {"device": "gpu", "execution_providers": ["CUDAExecutionProvider"]}
+    ]
+    document["engine"].pop("execution_providers")
+    (folder / "b.json").write_text(json.dumps(document))
+    done = olive("run", "--config", "b.json", cwd=folder, timeout=60)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "CPUExecutionProvider" in done.stderr
+
+
+@pytest.mark.full
+def test_document_a_on_the_whole_data(tmp_path: Path) -> None:
+    folder = workspace(tmp_path, rows=None)
+    done = olive("run", "--config", "olive-config.json", cwd=folder, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
