@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from e2e_helpers import olive
+
 from tiny import tiny_phi3
 
 Change = Callable[[dict[str, Any], Path], None]

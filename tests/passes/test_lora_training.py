@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import tiny_llama, tiny_phi3
-
 from olive.config.workflow import Accelerator, DataConfig
 from olive.errors import ConfigError, PassFailed
 from olive.hardware.probe import probe
@@ -24,8 +22,12 @@ from olive.models.artifact import Artifact, Kind
 from olive.passes.base import PassContext
 from olive.passes.finetune.lora import LoRA
 from olive.store.journal import Journal
+from tiny import tiny_llama, tiny_phi3
 
-WORDS = "the rain would not stop and I missed you all day we won match danced street something moved behind".split()
+WORDS = (
+    *("the", "rain", "would", "not", "stop", "and", "I", "missed", "you", "all", "day", "we", "won", "match"),
+    *("danced", "street", "something", "moved", "behind"),
+)
 
 
 class Notes:

@@ -42,7 +42,7 @@ class GenaiRunner(Runner):
         return self._model.time_tokens(prompt, new_tokens)
 
     def losses(self, documents: Sequence[Document], tick: Tick) -> list[float]:
-        """Documents of one length share a batch; one longer than ``WINDOW`` goes alone, in windows over its past."""
+        """Documents of one length share a batch; one longer than ``WINDOW`` goes alone, window by window."""
         found = [0.0] * len(documents)
         done = 0
         lengths = [len(document.ids) for document in documents]
@@ -64,7 +64,7 @@ class GenaiRunner(Runner):
         outputs = [output.name for output in session.get_outputs()]
         wanted = {value.name for value in session.get_inputs()}
         totals = np.zeros(rows)
-        # GroupQueryAttention takes several positions over a past only in a batch of one: by_length sees to it.
+        # GroupQueryAttention takes several positions over a past only in a batch of one: see by_length
         for start in range(0, width, WINDOW):
             stop = min(start + WINDOW, width)
             feed = {

@@ -291,7 +291,7 @@ def _check_options(params: ModelBuilder.Params, source: builder_source.BuilderSo
 
 
 def _check_blocks(model: ModelInfo, params: ModelBuilder.Params) -> Iterable[Problem]:
-    """The int4 quantisers with zero points other than the default cannot pack an odd number of blocks a row."""
+    """The int4 quantisers with zero points other than the default pack an even number of blocks a row."""
     algorithm = method(params, tied(model))
     points = algorithm.startswith("k_quant") or (algorithm.startswith("rtn") and not params.is_symmetric)
     if params.precision != "int4" or not points or model.kind is not Kind.HF:
@@ -301,10 +301,10 @@ def _check_blocks(model: ModelInfo, params: ModelBuilder.Params) -> Iterable[Pro
     }
     odd = sorted(width for width in widths if -(-width // params.block_size) % 2)
     if odd:
-        sizes = [size for size in (16, 32, 64, 128) if not any(-(-width // size) % 2 for width in widths)]
+        sizes = [n for n in (16, 32, 64, 128) if not any(-(-width // n) % 2 for width in widths)]
         yield Problem(
-            f"{algorithm} with zero points and block_size {params.block_size} splits rows of {odd[0]} weights "
-            "into an odd number of blocks, which the builder cannot pack",
+            f"{algorithm} with zero points and block_size {params.block_size} splits rows of {odd[0]} "
+            "weights into an odd number of blocks, which the builder cannot pack",
             where=_WHERE,
             fix=f"Use block_size {' or '.join(map(str, sizes))}."
             if sizes

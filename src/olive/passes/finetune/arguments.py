@@ -60,9 +60,9 @@ def prepare(
     if ratio and not known.get("warmup_steps"):
         known["warmup_steps"] = ratio
     if not has_eval:
-        for name in ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end"):
-            if known.pop(name, None) not in (None, "no", False):
-                notes.append(f"training_args.{name} is set aside: there are no evaluation rows")
+        names = ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end")
+        asked = [name for name in names if known.pop(name, None) not in (None, "no", False)]
+        notes += [f"training_args.{name} is set aside: there are no evaluation rows" for name in asked]
     known["save_strategy"] = _save_strategy(given)
     if "eval_steps" in known and "eval_strategy" not in known:
         known["eval_strategy"] = "steps"

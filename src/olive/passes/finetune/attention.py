@@ -1,7 +1,7 @@
 """Causal attention over packed documents that computes nothing across documents.
 
-A forward pass sees one row of tokens that holds several documents. Documents of like length are gathered
-into one batch; the shorter ones are padded at their end, where a causal mask hides the padding from every real
+A forward pass sees one row of tokens that holds several documents. Documents of like length are gathered into
+one batch; the shorter ones are padded at their end, where a causal mask hides the padding from every real
 token, so the result is exact. Imported only where torch already is.
 """
 
@@ -150,7 +150,8 @@ def attend(
             ]
         else:
             picked = [_Gather.apply(x, group) for x in (query, key, value)]
-        out = _causal(*(x.transpose(1, 2) for x in picked), scale, dropout, window).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in picked)
+        out = _causal(q, k, v, scale, dropout, window).transpose(1, 2)
         flat = out.reshape(group.count * group.length, *out.shape[2:])
         parts.append(flat if whole else flat.index_select(0, group.slots))
     if len(groups) == 1:

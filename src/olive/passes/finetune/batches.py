@@ -59,8 +59,8 @@ def collate(blocks: Sequence[TokenBlock]) -> dict[str, Any]:
     """Blocks as one packed row without padding.
 
     Returns:
-        ``input_ids``, ``position_ids`` (restarting at each document) and ``labels`` (already those of the next
-        token), all (1, tokens), and ``document_lengths``.
+        ``input_ids``, ``position_ids`` (restarting at each document) and ``labels`` (already those of the
+        next token), all (1, tokens), and ``document_lengths``.
     """
     lengths = tuple(length for block in blocks for length in block.lengths)
     ids = [token for block in blocks for token in block.ids]

@@ -1,9 +1,9 @@
 """Layers with fewer passes over memory, patched on the instances of one model.
 
 Autograd's own graphs of RMSNorm, SwiGLU, rotary embedding and a LoRA layer keep several copies of the
-activations and read them again and again. These functions keep what the backward needs and no more, and compute
-no gradient of a frozen weight. Each is used only where the module computes exactly that formula. Imported only
-where torch is.
+activations and read them again and again. These functions keep what the backward needs and no more, and
+compute no gradient of a frozen weight. Each is used only where the module computes exactly that formula.
+Imported only where torch is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class RMSNormFrozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Autograd's forward."""
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -43,6 +44,7 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        """Autograd's forward."""
         ctx.save_for_backward(both)
         gate, up = both.chunk(2, -1)
         return functional.silu(gate).mul_(up)
@@ -64,6 +66,7 @@ class GatedSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Autograd's forward."""
         ctx.save_for_backward(gate, up)
         return functional.silu(gate).mul_(up)
 
@@ -85,8 +88,8 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
 class SplitRotate(torch.autograd.Function):
     """(tokens, (heads + 2 * key heads) * dim) -> query, key, value, the first two rotated by their position.
 
-    Both halves of ``cos`` and of ``sin`` (tokens, dim) are equal, as transformers makes them, so the backward is
-    the rotation by the negative angle.
+    Both halves of ``cos`` and of ``sin`` (tokens, dim) are equal, as transformers makes them, so the backward
+    is the rotation by the negative angle.
     """
 
     @staticmethod

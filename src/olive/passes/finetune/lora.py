@@ -90,13 +90,13 @@ class LoRA(Pass["LoRA.Params"]):
             slow = accelerator.device == "cpu" or params.torch_dtype == "bfloat16"
             if slow and _BYTES[params.torch_dtype] < _BYTES[native]:
                 yield Problem(
-                    f"torch_dtype {params.torch_dtype} has no native units on {machine.cpu or 'this machine'}: slow",
+                    f"torch_dtype {params.torch_dtype} has no native units on {machine.cpu or 'this CPU'}",
                     fix=f"leave torch_dtype out; {native} is used then",
                     severity=Severity.WARNING,
                 )
         if params.eval_data_config and params.eval_dataset_size:
             yield Problem(
-                "both eval_data_config and eval_dataset_size are given: the former is used, nothing is split off",
+                "both eval_data_config and eval_dataset_size are given: nothing is split off",
                 fix="remove one of them",
                 severity=Severity.WARNING,
             )
@@ -161,7 +161,7 @@ def _check_targets(model: ModelInfo, params: LoRA.Params, modules: Mapping[str, 
 
 
 def targets(config: Mapping[str, Any], params: LoRA.Params, modules: Iterable[str]) -> list[str] | str:
-    """Modules to adapt: those named, else the custom of the architecture, else every linear layer but the head."""
+    """Modules to adapt: those named, else the architecture's custom, else every linear layer but the head."""
     if params.target_modules is not None:
         return "all-linear" if "all-linear" in params.target_modules else list(params.target_modules)
     known = _TARGETS.get(str(config.get("model_type", "")))

@@ -1,8 +1,8 @@
 """Linear head and cross entropy in one: the logits never exist in full.
 
-The head is frozen, so the gradient of the hidden states is all that training needs, and it is computed in the
-forward pass while a block of logits is at hand. Each block of the vocabulary is read once. Imported only where
-torch already is.
+The head is frozen, so the gradient of the hidden states is all that training needs, and it is computed in
+the forward pass while a block of logits is at hand. Each block of the vocabulary is read once. Imported only
+where torch already is.
 """
 
 from __future__ import annotations
