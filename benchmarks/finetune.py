@@ -4,10 +4,10 @@
 
 Both train the example's base on rows of the example's data (about 24 tokens each), every token with a label,
 float32, rank 64 on qkv_proj and o_proj, dropout 0.1, as the published document has it. Plain takes one row a
-forward pass and an optimizer step every 4 rows. Ours goes through the pass itself: rows packed to 1,024 tokens.
-The matrix rate is measured beside each of them, on products of the model's own shapes, since the machine is
-shared. Counted as needed: 4 FLOPs a parameter and token, embedding look-up left out, and causal attention inside
-each document. Prints medians over the rounds.
+forward pass and an optimizer step every 4 rows. Ours goes through the pass itself: rows packed to 1,024
+tokens. The matrix rate is measured beside each of them, on products of the model's own shapes, since the
+machine is shared. Counted as needed: 4 FLOPs a parameter and token, embedding look-up left out, and causal
+attention inside each document. Prints medians over the rounds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Silent:
 
 
 def matrix_rate(seconds: float = 2.0, tokens: int = 1024) -> float:
-    """FLOP/s of float32 products as training makes them: (tokens, hidden) by the widest weight, both ways."""
+    """FLOP/s of float32 products as training makes them: activations by the widest weight, both ways."""
     config = json.loads((BASE / "config.json").read_text())
     hidden, inner = config["hidden_size"], 2 * config["intermediate_size"]
     x, weight, grad = torch.randn(tokens, hidden), torch.randn(inner, hidden), torch.randn(tokens, inner)
@@ -70,7 +70,7 @@ def matrix_rate(seconds: float = 2.0, tokens: int = 1024) -> float:
 
 
 def flops_a_token(lengths: list[int]) -> float:
-    """What one token needs on average: frozen and low-rank weights, the head, and attention in its document."""
+    """What one token needs on average: frozen and low-rank weights, head, attention in its document."""
     config = json.loads((BASE / "config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]

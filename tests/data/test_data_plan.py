@@ -6,7 +6,7 @@ import pytest
 
 from olive.config.workflow import DataConfig
 from olive.data import plan
-from olive.data.blocks import build
+from olive.data.blocks import build, build_held_out
 from olive.data.plan import preview
 from olive.data.split import split_rows
 from olive.data.tokens import load
@@ -50,7 +50,7 @@ def test_the_counts_are_those_of_training(folder: Path, strategy: str) -> None:
         blocks.tokens,
         blocks.trained_tokens,
     )
-    assert found.eval_blocks == len(build(held, wanted.pre_process_data_config, load(folder)))
+    assert found.eval_blocks == len(build_held_out(held, wanted.pre_process_data_config, load(folder)))
     assert not found.estimated
     assert (found.prompt, found.completion) == ("### Text: phrase number 0\n### The tone is:\n", "fear")
     assert len(found.ids) == len(found.labels) > found.labels.count(-100) > 0

@@ -47,7 +47,8 @@ class Chart:
 
 def steps_between(low: float, high: float, count: int, whole: bool = False) -> list[float]:
     """Round numbers that cover ``low`` to ``high``, about ``count`` of them, 1, 2 or 5 times 10**n apart."""
-    span = high - low or abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    span = (max(high - low, 1e-9 * size) if high > low else size) if size > 1e-300 else 1.0
     raw = span / max(count, 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
