@@ -29,7 +29,7 @@ bench: $(READY) base
 	$(BIN)/python benchmarks/cli.py
 
 docs: $(READY)
-	$(BIN)/python -m olive.cli.docs
+	$(BIN)/python -m olive.config.docs olive.passes.registry docs
 
 base: $(READY)
 	$(BIN)/python $(EXAMPLE)/prepare.py

@@ -15,6 +15,7 @@ from olive.hardware.probe import (
     disk_free,
     execution_providers,
     installed,
+    matrix_rate,
     peak_memory,
     probe,
     reset_peak_memory,
@@ -114,13 +115,20 @@ def test_peak_memory_sees_an_allocation_and_can_be_reset() -> None:
 def test_cpu_of_both_families(tmp_path: Path) -> None:
     intel = tmp_path / "intel"
     intel.write_text(
-        "processor\t: 0\nmodel name\t: Xeon\nflags\t\t: fpu avx2 amx_bf16 avx512f\n\nprocessor: 1\n"
+        "processor\t: 0\nmodel name\t: Xeon\ncpu MHz\t\t: 2500.5\nflags\t\t: fpu avx2 amx_bf16 avx512f\n\nprocessor: 1\n"
     )
-    assert module._cpu(intel) == ("Xeon", ("avx2", "avx512f", "amx_bf16"))
+    assert module._cpu(intel) == ("Xeon", ("avx2", "avx512f", "amx_bf16"), 2.5005e9)
     arm = tmp_path / "arm"
     arm.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
     assert module._cpu(arm)[1] == ("asimd", "bf16")
     assert module._cpu(tmp_path / "none")[1] == ()
+
+
+def test_matrix_rate_is_that_of_the_multiply_add_units() -> None:
+    here = probe().model_copy(update={"cores": 4, "clock": 3e9, "cpu_features": ("avx2", "avx512f")})
+    assert matrix_rate(here) == 4 * 3e9 * 32
+    assert matrix_rate(here.model_copy(update={"clock": 0.0})) is None
+    assert matrix_rate(here.model_copy(update={"cpu_features": ()})) is None
 
 
 def test_memory_within_a_version_2_control_group(tmp_path: Path) -> None:

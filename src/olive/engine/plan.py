@@ -280,7 +280,7 @@ def _steps(
             dtype=training_dtype(machine, accelerator.device),
             key=step_key,
             cached=found is not None,
-            cost=resolve(entry.type)().estimate(info, entry.params, machine)
+            cost=resolve(entry.type)().estimate(info, entry.params, machine, previews)
             if info
             else Cost(memory=0, disk=0),
         )

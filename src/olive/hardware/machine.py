@@ -27,6 +27,7 @@ class Machine(Frozen):
     Attributes:
         cpu: model name.
         cores: logical processors this process may use.
+        clock: hertz now, 0 where the system does not say.
         cpu_features: flags such as ``avx512_bf16`` and ``amx_bf16``.
         memory: total bytes (the cgroup's limit where it is lower).
         memory_available: bytes free for this process.
@@ -39,6 +40,7 @@ class Machine(Frozen):
     cpu: str
     cores: int
     cpu_features: tuple[str, ...] = ()
+    clock: float = 0.0
     memory: int
     memory_available: int
     gpus: tuple[Gpu, ...] = ()

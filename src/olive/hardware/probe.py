@@ -31,13 +31,14 @@ def probe() -> Machine:
     """This machine, probed once a process. Imports nothing heavy."""
     packages = {name: found for name in KNOWN if (found := installed(name)) is not None}
     total, available = _memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    cpu, features = _cpu(Path("/proc/cpuinfo"))
+    cpu, features, clock = _cpu(Path("/proc/cpuinfo"))
     gpus = _nvidia()
     return Machine(
         system=platform.system(),
         cpu=cpu,
         cores=_cores(),
         cpu_features=features,
+        clock=clock,
         memory=total,
         memory_available=available,
         gpus=gpus,
@@ -73,6 +74,16 @@ def training_dtype(machine: Machine, device: str) -> Dtype:
         return "bfloat16" if "amx_bf16" in machine.cpu_features else "float32"
     capability = machine.gpus[0].compute_capability if machine.gpus else None
     return "bfloat16" if capability is not None and capability >= (8, 0) else "float16"
+
+
+def matrix_rate(machine: Machine) -> float | None:
+    """Float32 FLOP/s that this CPU's multiply-add units can do at its clock; None where that is not known.
+
+    Two units of 8 lanes with AVX2, two of 4 with Arm's ASIMD; AVX-512 counts as AVX2, since many
+    processors split its products or lower their clock.
+    """
+    lanes = 8 if "avx2" in machine.cpu_features else 4 if "asimd" in machine.cpu_features else 0
+    return machine.cores * machine.clock * lanes * 2 * 2 or None
 
 
 def peak_memory() -> int:
@@ -123,18 +134,21 @@ def _cores() -> int:
     return cores
 
 
-def _cpu(cpuinfo: Path) -> tuple[str, tuple[str, ...]]:
-    """Model name and the features that matter here."""
-    name, flags = "", set[str]()
+def _cpu(cpuinfo: Path) -> tuple[str, tuple[str, ...], float]:
+    """Model name, the features that matter here, and the clock in hertz."""
+    name, flags, clock = "", set[str](), 0.0
     for line in _read(cpuinfo).splitlines():
         key, _, value = line.partition(":")
         key = key.strip().lower()
         if key == "model name":
             name = name or value.strip()
+        elif key == "cpu mhz":
+            clock = 1e6 * float(value)
         elif key in ("flags", "features"):
             flags = set(value.split())
             break
-    return name or platform.processor() or platform.machine(), tuple(f for f in _FEATURES if f in flags)
+    known = tuple(feature for feature in _FEATURES if feature in flags)
+    return name or platform.processor() or platform.machine(), known, clock
 
 
 def _memory(membership: Path, root: Path) -> tuple[int, int]:

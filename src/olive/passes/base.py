@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from olive.config.base import Frozen, PassParams
 from olive.config.workflow import Accelerator, DataConfig
+from olive.data.plan import Preview
 from olive.errors import PassFailed, Problem
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
@@ -110,8 +111,8 @@ class Pass(ABC, Generic[P]):
         """Everything that would fail later, found without a heavy import."""
         return ()
 
-    def estimate(self, model: ModelInfo, params: P, machine: Machine) -> Cost:
-        """Expected peak memory, disk and time."""
+    def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
+        """Expected peak memory, disk and time; ``data`` counts the rows and tokens of each data config."""
         return Cost(memory=0, disk=0)
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from pydantic import Field
 
 from olive.config.base import Dtype, PassParams
 from olive.config.workflow import Accelerator
+from olive.data.plan import Preview
 from olive.errors import PassFailed, Problem
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
@@ -67,7 +68,9 @@ class MergeAdapterWeights(Pass["MergeAdapterWeights.Params"]):
                 where="MergeAdapterWeights",
             )
 
-    def estimate(self, model: ModelInfo, params: Params, machine: Machine) -> Cost:
+    def estimate(
+        self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
+    ) -> Cost:
         """The two largest tensors in float32 on top of torch itself; one whole model on disk."""
         disk = model.parameters * _CODE_BYTES[params.dtype or "float32"]
         largest = max((prod(shape) for _, shape in model.tensors.values()), default=0)

@@ -15,6 +15,7 @@ from pydantic import AliasChoices, Field
 
 from olive.config.base import PassParams
 from olive.config.workflow import Accelerator
+from olive.data.plan import Preview
 from olive.errors import EnvironmentFault, PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
 from olive.hardware.tested import version_tuple
@@ -143,7 +144,9 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
             yield from _check_options(params, source)
         yield from _check_blocks(model, params)
 
-    def estimate(self, model: ModelInfo, params: Params, machine: Machine) -> Cost:
+    def estimate(
+        self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
+    ) -> Cost:
         """Measured on 135M to 1B parameters, float32 weights."""
         count = model.parameters
         calibrated = params.algo_config.startswith("k_quant")

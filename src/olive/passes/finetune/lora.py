@@ -12,6 +12,7 @@ from pydantic import Field
 
 from olive.config.base import Dtype, PassParams
 from olive.config.workflow import Accelerator, DataConfig
+from olive.data.plan import Preview
 from olive.errors import ConfigError, PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
@@ -38,6 +39,7 @@ _TARGETS: dict[str, tuple[str, ...]] = {
     ),
     ("q_proj", "v_proj"),
 )
+_USUAL_SHARE = 0.6  # of the nominal matrix rate that training reaches
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -108,8 +110,10 @@ class LoRA(Pass["LoRA.Params"]):
                     severity=Severity.WARNING,
                 )
 
-    def estimate(self, model: ModelInfo, params: Params, machine: Machine) -> Cost:
-        """Weights, optimizer state and the activations of one packed forward pass."""
+    def estimate(
+        self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
+    ) -> Cost:
+        """Weights, optimizer state, activations of a packed forward pass; 4 FLOPs a weight and token."""
         width = _BYTES[params.torch_dtype or "float32"]
         config = model.config
         hidden, layers = int(config.get("hidden_size", 1024)), int(config.get("num_hidden_layers", 24))
@@ -119,6 +123,7 @@ class LoRA(Pass["LoRA.Params"]):
         return Cost(
             memory=(600 << 20) + model.parameters * width + adapter * 16 + activations + (200 << 20),
             disk=adapter * 4 + 2 * adapter * 12,
+            seconds=_seconds(model, params, machine, adapter, data.get(params.train_data_config)),
         )
 
     def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:
@@ -181,6 +186,27 @@ def _adapter_parameters(model: ModelInfo, params: LoRA.Params) -> int:
         if chosen and name.endswith(".weight") and len(shape) == 2:
             total += params.r * (shape[0] + shape[1])
     return total
+
+
+def _seconds(
+    model: ModelInfo, params: LoRA.Params, machine: Machine, adapter: int, train: Preview | None
+) -> float | None:
+    """Start-up and training on a CPU, at the share of its matrix rate that is usual; None when not known."""
+    from olive.hardware.probe import matrix_rate
+
+    rate, args = matrix_rate(machine), params.training_args
+    if rate is None or train is None or not train.blocks:
+        return None
+    rows = int(args.get("per_device_train_batch_size", 1)) * int(args.get("gradient_accumulation_steps", 1))
+    steps = int(args.get("max_steps", -1))
+    seen = steps * rows if steps > 0 else float(args.get("num_train_epochs", 3)) * train.blocks
+    # a head sees only the tokens with a label; its weights are in no layer
+    head = int(model.config.get("vocab_size", 0)) * int(model.config.get("hidden_size", 0))
+    tied = bool(model.config.get("tie_word_embeddings"))
+    inner = model.parameters - head * (1 if tied else 2) + adapter
+    labelled = train.trained_tokens / max(1, train.tokens)
+    tokens = seen * train.tokens / train.blocks
+    return 8 + tokens * 4 * (inner + labelled * head) / (_USUAL_SHARE * rate)
 
 
 def _linear_names(model: ModelInfo) -> set[str]:
