@@ -115,7 +115,8 @@ def test_peak_memory_sees_an_allocation_and_can_be_reset() -> None:
 def test_cpu_of_both_families(tmp_path: Path) -> None:
     intel = tmp_path / "intel"
     intel.write_text(
-        "processor\t: 0\nmodel name\t: Xeon\ncpu MHz\t\t: 2500.5\nflags\t\t: fpu avx2 amx_bf16 avx512f\n\nprocessor: 1\n"
+        "processor\t: 0\nmodel name\t: Xeon\ncpu MHz\t\t: 2500.5\n"
+        "flags\t\t: fpu avx2 amx_bf16 avx512f\n\nprocessor: 1\n"
     )
     assert module._cpu(intel) == ("Xeon", ("avx2", "avx512f", "amx_bf16"), 2.5005e9)
     arm = tmp_path / "arm"
