@@ -41,6 +41,13 @@ def test_the_documents_folder_goes_before_the_working_folder(tmp_path: Path) -> 
     assert locate(str(base), tmp_path) == base
 
 
+def test_a_model_that_is_not_here_says_how_to_fetch_it(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault) as caught:
+        locate("owner/name", tmp_path, COMMIT)
+    assert "`olive run --download FILE`" in str(caught.value)
+    assert f"`hf download owner/name --revision {COMMIT}`" in str(caught.value)
+
+
 def test_a_missing_path_says_where_it_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "model-cache" / "microsoft" / "phi-3-mini").mkdir(parents=True)
     with pytest.raises(ConfigError) as caught:
@@ -173,6 +180,10 @@ def test_a_download_takes_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds no config.json with safetensors weights"):
+        resolve("owner/name", tmp_path / "x", COMMIT)
+    (tmp_path / "model.safetensors").write_text("{}")
     assert resolve("owner/name", tmp_path / "x", COMMIT) == tmp_path
     assert (asked["name"], asked["revision"]) == ("owner/name", COMMIT)
     assert not {"*.bin", "*.pt", "*"} & set(asked["allow_patterns"])

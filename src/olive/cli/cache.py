@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from olive.cli.arguments import Parser, UsageError, byte_count, seconds
@@ -138,19 +139,20 @@ def _explain_document(args: argparse.Namespace) -> int:
     from olive.workflows import plan
 
     planned = plan(args.config, cache_dir=args.cache_dir)
-    store, model = Store(planned.store_root), planned.model
-    for step in planned.steps:
-        if step.cached and step.key and model:
-            print(f"{step.name}: hit, {step.key[:12]}")
-            entry = store.lookup(step.key, verify=False)
-            model = stored_artifact(entry, model) if entry else None
-        elif step.key is None or model is None:
-            print(f"{step.name}: not known before the step before it has run")
-            model = None
-        else:
-            print(f"{step.name}: miss, {step.key[:12]}")
-            print("\n".join(f"  {line}" for line in _why(store, planned, step.name, model)))
-            model = None
+    model = planned.model
+    with closing(Store(planned.store_root)) as store:
+        for step in planned.steps:
+            if step.cached and step.key and model:
+                print(f"{step.name}: hit, {step.key[:12]}")
+                entry = store.lookup(step.key, verify=False)
+                model = stored_artifact(entry, model) if entry else None
+            elif step.key is None or model is None:
+                print(f"{step.name}: not known before the step before it has run")
+                model = None
+            else:
+                print(f"{step.name}: miss, {step.key[:12]}")
+                print("\n".join(f"  {line}" for line in _why(store, planned, step.name, model)))
+                model = None
     return 0
 
 

@@ -11,14 +11,19 @@ from olive.cli.arguments import Parser, add_document, document
 def configure_run(parser: Parser) -> None:
     """What ``olive run`` takes."""
     add_document(parser)
+    parser.add_argument(
+        "--download", action="store_true", help="fetch a hub model that is not on this machine first"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan the document, carry it out, say what came of it."""
-    from olive.errors import raise_errors
+    from olive.errors import Problem, Severity, raise_errors
     from olive.report.console import problems, relative, summary
-    from olive.workflows import carry_out, plan
+    from olive.workflows import carry_out, fetch, plan
 
+    if args.download:
+        fetch(document(args))
     planned = plan(document(args), output_dir=args.output_dir, cache_dir=args.cache_dir)
     warnings = [problem for problem in planned.findings if problem.severity.value != "error"]
     if warnings:
@@ -32,5 +37,13 @@ def run(args: argparse.Namespace) -> int:
         "the same command continues from there."
     )
     result = carry_out(planned)
+    told = {(problem.message, problem.where) for problem in warnings}
+    met = [
+        Problem(finding.message, finding.where, finding.fix, Severity(finding.severity))
+        for finding in result.findings
+        if (finding.message, finding.where) not in told
+    ]
+    if met:
+        print(problems(met), file=sys.stderr, flush=True)
     print(summary(result, relative(planned.output_dir)))
     return 0

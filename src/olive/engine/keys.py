@@ -13,12 +13,16 @@ from typing import Any
 from olive.config.workflow import Accelerator, Evaluator, PassEntry, Workflow
 from olive.data.digest import data_digest
 from olive.hardware.machine import Machine
-from olive.hardware.probe import training_dtype
+from olive.hardware.probe import installed, training_dtype
 from olive.models.artifact import Artifact
 from olive.passes.base import Pass
 from olive.passes.registry import resolve
 
 FORMAT = 1
+_VARIANTS = {
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"),
+    "onnxruntime-genai": ("onnxruntime-genai-cuda", "onnxruntime-genai-directml"),
+}
 
 
 def step_parts(
@@ -42,11 +46,12 @@ def step_parts(
     return {
         "format": FORMAT,
         "pass": technique.__name__,
-        "source": _source(technique) + (_folder_source("olive.data") if names else ""),
+        "source": {"pass": _source(technique), "models": _folder_source("olive.models")}
+        | ({"data": _folder_source("olive.data")} if names else {}),
         "params": entry.params.model_dump(mode="json"),
         "model": model_part(model),
         "data": {name: data_part(workflow, name, base_dir, memo) for name in names},
-        "libraries": {name: machine.packages.get(name) for name in technique.libraries},
+        "libraries": {name: library_version(name, machine) for name in technique.libraries},
         "gates": {name: getattr(workflow.gates, name).model_dump(mode="json") for name in technique.gates},
         "hardware": _hardware_part(technique, accelerator, target, machine),
     }
@@ -59,16 +64,27 @@ def evaluation_parts(
     names = {metric.data_config for metric in evaluator.metrics if metric.data_config}
     return {
         "format": FORMAT,
-        "source": _folder_source("olive.evaluation") + _folder_source("olive.data"),
+        "source": {room: _folder_source(f"olive.{room}") for room in ("evaluation", "data", "models")},
         "evaluator": evaluator.model_dump(mode="json"),
         "model": model_part(model),
         "data": {name: data_part(workflow, name, base_dir, memo) for name in sorted(names)},
         "libraries": {
-            name: machine.packages.get(name)
+            name: library_version(name, machine)
             for name in ("torch", "transformers", "onnxruntime", "onnxruntime-genai")
         },
         "machine": [machine.cpu, machine.cores, *(gpu.name for gpu in machine.gpus)],
     }
+
+
+def library_version(name: str, machine: Machine) -> str | None:
+    """The installed version of a distribution, or of the build that stands in for it.
+
+    A pass of a third party may declare distributions that this product does not know.
+    """
+    if (found := machine.packages.get(name) or installed(name)) is not None:
+        return found
+    variant = next((other for other in _VARIANTS.get(name, ()) if other in machine.packages), None)
+    return variant and f"{variant} {machine.packages[variant]}"
 
 
 def data_names(entry: PassEntry) -> tuple[str, ...]:
@@ -119,5 +135,6 @@ def _folder_source(package: str) -> str:
     digest = hashlib.sha256()
     for root in roots:
         for path in sorted(Path(root).glob("**/*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from olive.errors import Problem
+from olive.store.faults import reported
+from olive.store.materialise import refusal
 
 MODEL = "model"
 MARKER = "run.json"
@@ -13,7 +15,7 @@ OURS = frozenset({MODEL, MARKER, "report.html", "README.md", "model_config.json"
 
 
 def check_output(folder: Path, cache: Path) -> Iterator[Problem]:
-    """Refuse a folder that holds files which no run of ours has put there.
+    """Refuse a folder that holds files which no run of ours has put there, or which were edited since.
 
     The cache may lie inside the output folder, as published documents have it.
     """
@@ -36,3 +38,7 @@ def check_output(folder: Path, cache: Path) -> Iterator[Problem]:
             "output_dir",
             "Name an empty folder, or move these files away.",
         )
+    with reported(folder / MODEL, "looking at the output folder"):
+        refused = refusal(folder / MODEL)
+    if refused is not None:
+        yield Problem(refused, "output_dir", "Name another output folder, or move those files away.")

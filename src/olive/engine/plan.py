@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from olive.config.loader import Loaded
-from olive.config.workflow import Accelerator, PassEntry, Workflow
+from olive.config.workflow import Accelerator, DataConfig, PassEntry, Workflow
 from olive.data.plan import Preview, preview
+from olive.data.rows import is_local
+from olive.data.rows import where as place_of
 from olive.data.split import split_seed
-from olive.engine.keys import data_names, step_parts
+from olive.engine.keys import data_names, library_version, step_parts
 from olive.engine.output import check_output
 from olive.errors import EnvironmentFault, OliveError, Problem, Severity
 from olive.evaluation.check import check_evaluator
@@ -20,7 +24,7 @@ from olive.hardware.probe import disk_free, probe, training_dtype
 from olive.hardware.tested import check as check_versions
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import describe, native_architecture, needs_remote_code
-from olive.passes.base import Cost
+from olive.passes.base import Cost, Pass
 from olive.passes.registry import resolve
 from olive.resources.digest import folder_digest
 from olive.resources.resolve import locate
@@ -98,14 +102,17 @@ def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | No
     info, model = _input(loaded, root, findings)
     if info is not None:
         findings += _check_trust(workflow, info)
-    previews = _previews(loaded, info, findings)
+    previews = _previews(loaded, info, machine, findings)
     findings += _check_passes(workflow, info, machine)
     for name in {entry.evaluator for entry in workflow.passes.values()} | {workflow.evaluator}:
         if name is not None:
             findings += check_evaluator(workflow.evaluators[name], workflow)
     broken = any(problem.severity is Severity.ERROR for problem in findings)
-    steps = tuple(_steps(loaded, info, None if broken else model, machine, root, previews))
+    with closing(Store(root)) as store:
+        steps = tuple(_steps(loaded, info, None if broken else model, machine, store, previews, findings))
+        findings += store.findings
     findings += _check_resources(steps, machine, root)
+    findings += _check_writable(root, out)
     return Plan(
         loaded=loaded,
         workflow=workflow,
@@ -192,7 +199,9 @@ def _check_trust(workflow: Workflow, info: ModelInfo) -> Iterator[Problem]:
             )
 
 
-def _previews(loaded: Loaded, info: ModelInfo | None, findings: list[Problem]) -> dict[str, Preview]:
+def _previews(
+    loaded: Loaded, info: ModelInfo | None, machine: Machine, findings: list[Problem]
+) -> dict[str, Preview]:
     workflow = loaded.workflow
     used = {name for entry in workflow.passes.values() for name in data_names(entry)}
     used |= {m.data_config for e in workflow.evaluators.values() for m in e.metrics if m.data_config}
@@ -208,7 +217,18 @@ def _previews(loaded: Loaded, info: ModelInfo | None, findings: list[Problem]) -
                 findings.extend(error.problems)
             else:
                 findings.extend(previews[config.name].problems)
+                findings.extend(_check_fetchable(config, loaded.base_dir, machine))
     return previews
+
+
+def _check_fetchable(config: DataConfig, base_dir: Path, machine: Machine) -> Iterator[Problem]:
+    if not is_local(config, base_dir) and "datasets" not in machine.packages:
+        yield Problem(
+            f"loading {config.load_dataset_config.data_name!r} needs datasets, not installed",
+            place_of(config),
+            "pip install 'olive-next[cpu]'",
+            exit_code=5,
+        )
 
 
 def _held_out(workflow: Workflow, name: str) -> tuple[float, int | None]:
@@ -223,7 +243,7 @@ def _held_out(workflow: Workflow, name: str) -> tuple[float, int | None]:
 def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) -> Iterator[Problem]:
     kind = Kind.ADAPTER if workflow.input_model.adapter_path else Kind.HF
     for name, entry in workflow.passes.items():
-        technique = resolve(entry.type)()
+        technique: Pass[Any] = resolve(entry.type)()
         where = f"passes.{name}"
         if kind not in technique.accepts:
             wanted = " or ".join(item.value for item in technique.accepts)
@@ -238,19 +258,59 @@ def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) 
                 ),
             )
         kind = technique.produces
-        missing = [library for library in technique.libraries if library not in machine.packages]
+        missing = [name for name in technique.libraries if library_version(name, machine) is None]
         if missing:
+            ours = type(technique).__module__.startswith("olive.")
+            what = f"'olive-next[{technique.extra}]'" if ours else " ".join(missing)
             yield Problem(
                 f"{entry.type} needs {', '.join(missing)}, not installed",
                 where,
-                f"pip install 'olive-next[{technique.extra}]'",
+                f"pip install {what}",
                 exit_code=5,
             )
         if info is not None:
             accelerator = accelerator_of(workflow, entry.host or workflow.host)
-            for problem in technique.check(info, entry.params, machine, accelerator):
+            for problem in _own_check(technique, info, entry, machine, accelerator):
+                if missing and problem.exit_code in (3, 5):  # what a missing library leads to
+                    continue
                 located = where if problem.where is None else f"{where}.{problem.where}"
                 yield Problem(problem.message, located, problem.fix, problem.severity, problem.exit_code)
+
+
+def _own_check(
+    technique: Pass[Any], info: ModelInfo, entry: PassEntry, machine: Machine, accelerator: Accelerator
+) -> Iterator[Problem]:
+    """What the pass itself finds; its own defects are told to its developer."""
+    try:
+        yield from technique.check(info, entry.params, machine, accelerator)
+    except OliveError as error:
+        yield from error.problems
+    except Exception as error:  # noqa: BLE001 - third-party code
+        yield _defect(entry, "check", error)
+
+
+def _estimate(
+    entry: PassEntry,
+    info: ModelInfo,
+    machine: Machine,
+    previews: Mapping[str, Preview],
+    findings: list[Problem],
+) -> Cost:
+    try:
+        return resolve(entry.type)().estimate(info, entry.params, machine, previews)
+    except OliveError as error:
+        findings.extend(error.problems)
+    except Exception as error:  # noqa: BLE001 - third-party code
+        findings.append(_defect(entry, "estimate", error))
+    return Cost(memory=0, disk=0)
+
+
+def _defect(entry: PassEntry, method: str, error: Exception) -> Problem:
+    return Problem(
+        f"{entry.type}.{method} raised {type(error).__name__}: {error}",
+        fix="Pass developer: yield Problems and return a Cost; never raise on valid parameters.",
+        exit_code=3,
+    )
 
 
 def _steps(
@@ -258,17 +318,17 @@ def _steps(
     info: ModelInfo | None,
     model: Artifact | None,
     machine: Machine,
-    root: Path,
+    store: Store,
     previews: Mapping[str, Preview],
+    findings: list[Problem],
 ) -> Iterator[PlannedStep]:
     workflow = loaded.workflow
-    store = Store(root) if model is not None else None
     for name, entry in workflow.passes.items():
         host = entry.host or workflow.host
         accelerator = accelerator_of(workflow, host)
         step_key, found = None, None
-        if model is not None and store is not None:
-            parts = _parts(loaded, entry, model, machine, root)
+        if model is not None:
+            parts = _parts(loaded, entry, model, machine, store.root)
             step_key = make_key(parts)
             found = store.lookup(step_key, verify=False)
         yield PlannedStep(
@@ -280,9 +340,7 @@ def _steps(
             dtype=training_dtype(machine, accelerator.device),
             key=step_key,
             cached=found is not None,
-            cost=resolve(entry.type)().estimate(info, entry.params, machine, previews)
-            if info
-            else Cost(memory=0, disk=0),
+            cost=_estimate(entry, info, machine, previews, findings) if info else Cost(memory=0, disk=0),
         )
         model = None if found is None or model is None else stored_artifact(found, model)
 
@@ -334,4 +392,18 @@ def _check_resources(steps: Iterable[PlannedStep], machine: Machine, root: Path)
                 "Close other programs, lower max_seq_len or the batch size, or use a larger machine.",
                 Severity.ERROR if step.cost.memory > machine.memory else Severity.WARNING,
                 5,
+            )
+
+
+def _check_writable(root: Path, out: Path) -> Iterator[Problem]:
+    for folder, name in ((root, "cache_dir"), (out, "output_dir")):
+        nearest = folder
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
+            yield Problem(
+                f"{folder} cannot be written: no permission for {nearest}",
+                name,
+                "Give write permission, or name another folder.",
+                exit_code=5,
             )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from olive.config.workflow import Evaluator, PassEntry
+from olive.data.rows import is_local
 from olive.engine.keys import data_names, evaluation_parts, step_parts
 from olive.engine.output import MODEL
 from olive.engine.plan import Plan, accelerator_of, stored_artifact
@@ -54,16 +56,20 @@ def run(plan: Plan, progress: Progress) -> RunResult:
     if plan.model is None:
         raise InternalError("a plan without errors has no input model")
     quiet_libraries()
-    if Path(plan.workflow.input_model.model_path).exists() or plan.model.path.is_dir():
+    if all(is_local(plan.workflow.data_config(name), plan.base_dir) for name in plan.previews):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with closing(Store(plan.store_root)) as store:
+        return _run(_Run(plan, store, progress), plan.model)
+
+
+def _run(state: _Run, given: Artifact) -> RunResult:
+    plan, progress, workflow = state.plan, state.progress, state.plan.workflow
     started, clock, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
-    state = _Run(plan, Store(plan.store_root), progress)
-    workflow = plan.workflow
     input_scores: tuple[Score, ...] = ()
     if workflow.evaluator and workflow.evaluate_input_model:
         progress.note("evaluating the input model")
-        input_scores = _evaluate(state, workflow.evaluators[workflow.evaluator], plan.model)
-    steps, last, model = [], None, plan.model
+        input_scores = _evaluate(state, workflow.evaluators[workflow.evaluator], given)
+    steps, last, model = [], None, given
     names = list(workflow.passes)
     for name, entry in workflow.passes.items():
         result, last, model = _step(state, name, entry, model)
@@ -79,7 +85,7 @@ def run(plan: Plan, progress: Progress) -> RunResult:
     sample, template = rendered_sample(plan)
     return RunResult(
         document=plan.document,
-        input_size=_size(plan.model.path),
+        input_size=_size(given.path),
         input_scores=input_scores,
         steps=tuple(steps),
         output_dir=str(plan.output_dir),
@@ -138,7 +144,7 @@ def _compute(
     with state.store.stage(needed=needed) as staging:
         job = Job(
             step=name,
-            type=technique.__name__,
+            type=entry.type,
             params=entry.params.model_dump(mode="json"),
             model=model,
             data={data: workflow.data_config(data) for data in data_names(entry)},
@@ -149,6 +155,7 @@ def _compute(
             journal=journal.path,
         )
         result, ctx = execute(job, state.progress)
+        state.findings += result.findings
         with failures_named(job):
             gates = _gates(state, job, ctx)
         meta = {

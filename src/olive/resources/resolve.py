@@ -34,9 +34,11 @@ def locate(path_or_id: str, base_dir: Path, revision: str | None = None) -> Path
     if not is_hub_id(path_or_id):
         message = f"there is no folder {path_or_id!r}; looked at {_join(looked)}"
         raise ConfigError(message, fix=_suggest(looked[0]))
+    pinned = f" --revision {revision}" if revision else ""
     raise EnvironmentFault(
         f"{path_or_id!r} is not on this machine; looked at {_join(looked)}",
-        fix="Check the spelling and the working folder; a hub model has to be downloaded first.",
+        fix="If it is a folder, check the spelling and the working folder. If it is a model of the hub, "
+        f"`olive run --download FILE` fetches it first, and so does `hf download {path_or_id}{pinned}`.",
     )
 
 
@@ -120,7 +122,7 @@ def _download(name: str, revision: str | None, looked: list[Path]) -> Path:
             fix='pip install "olive-next[cpu]"',
         ) from error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, etag_timeout=10))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, etag_timeout=10))
     except GatedRepoError as error:
         raise EnvironmentFault(
             f"the hub gives {name!r} only to accounts that accepted its licence",
@@ -139,6 +141,12 @@ def _download(name: str, revision: str | None, looked: list[Path]) -> Path:
             f"{name!r} is not on this machine (looked at {_join(looked)}), and the hub cannot be reached",
             fix="Connect to the network, or put the model into one of these folders.",
         ) from error
+    if not _is_whole(folder):
+        raise ConfigError(
+            f"the hub's {name!r} holds no config.json with safetensors weights",
+            fix="Name a revision that has them, or convert the model with `save_pretrained`.",
+        )
+    return folder
 
 
 def _suggest(path: Path) -> str:

@@ -61,6 +61,12 @@ class Leases:
         with FileLock(str(self._folder / f"{name}.lock"), thread_local=False):
             yield
 
+    def sweep(self) -> None:
+        """Remove the files of holders that were killed."""
+        with self._mutex():
+            for path in self._folder.glob("*.lease"):
+                self._held(path)
+
     def free(self, name: str) -> bool:
         """Whether nobody is inside ``alone(name)``."""
         path = self._folder / f"{name}.lock"

@@ -57,6 +57,7 @@ class Leftovers:
 
     def sweep(self) -> int:
         """Remove all of it; returns bytes freed."""
+        self._leases.sweep()
         return sum(discard(folder) for folder in (*self.staging(), *self.quarantine(), *self.work()))
 
     def problems(self) -> Iterator[Problem]:

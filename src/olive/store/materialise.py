@@ -66,6 +66,15 @@ def materialise(source: Path, files: FileTable, digest: str, created: float, des
     return dest
 
 
+def refusal(dest: Path) -> str | None:
+    """Why ``materialise`` would refuse ``dest``; None when it would not. Nothing is touched."""
+    try:
+        _refuse_foreign(dest.expanduser().resolve())
+    except ConfigError as error:
+        return error.problems[0].message
+    return None
+
+
 def _fill(fresh: Path, source: Path, files: FileTable, digest: str, created: float) -> None:
     fresh.mkdir()
     with (fresh / MARKER).open("w", encoding="utf-8") as file:

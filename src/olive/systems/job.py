@@ -7,6 +7,7 @@ from typing import Any
 
 from olive.config.base import Frozen
 from olive.config.workflow import Accelerator, DataConfig
+from olive.errors import Problem
 from olive.models.artifact import Artifact
 
 
@@ -45,6 +46,7 @@ class JobResult(Frozen):
         facts, series: kept with the step's result.
         seconds: wall time.
         peak_memory: resident bytes at the peak.
+        findings: what was wrong and could be mended, e.g. a damaged checkpoint.
     """
 
     attributes: dict[str, Any] = {}
@@ -52,3 +54,4 @@ class JobResult(Frozen):
     series: dict[str, list[dict[str, float]]] = {}
     seconds: float
     peak_memory: int
+    findings: tuple[Problem, ...] = ()

@@ -53,6 +53,7 @@ def execute(job: Job, progress: Progress) -> tuple[JobResult, PassContext]:
         series=ctx.series,
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
+        findings=tuple(ctx.journal.findings),
     )
     return result, ctx
 

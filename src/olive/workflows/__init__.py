@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from olive.engine.result import RunResult
     from olive.passes.base import Progress
 
-__all__ = ["load", "plan", "run"]
+__all__ = ["fetch", "load", "plan", "run"]
 
 Document = str | Path | Mapping[str, Any]
 
@@ -30,6 +30,25 @@ def load(run_config: Document) -> Loaded:
     from olive.passes.registry import names, params_of
 
     return load_document(run_config, params_of=params_of, pass_names=names())
+
+
+def fetch(run_config: Document) -> None:
+    """Download what the document's input model needs and this machine lacks.
+
+    Args:
+        run_config: a JSON or YAML file, or the document itself.
+
+    Raises:
+        ConfigError: the document is wrong, or the hub knows no such model.
+        EnvironmentFault: the hub cannot be reached, or asks for a licence to be accepted.
+    """
+    from olive.resources.resolve import resolve
+
+    loaded = load(run_config)
+    given = loaded.workflow.input_model
+    resolve(given.model_path, loaded.base_dir, given.load_kwargs.revision)
+    if given.adapter_path is not None:
+        resolve(given.adapter_path, loaded.base_dir)
 
 
 def plan(
@@ -60,6 +79,7 @@ def run(
     output_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
+    download: bool = False,
 ) -> RunResult:
     """Plan the document, carry the plan out, write the reports.
 
@@ -68,6 +88,7 @@ def run(
         output_dir: replaces the document's.
         cache_dir: replaces the document's.
         progress: told how far it is; default: a bar or lines on standard error.
+        download: fetch a hub model that is not on this machine first.
 
     Returns:
         The result; the model is in ``model/`` of its ``output_dir``.
@@ -75,6 +96,8 @@ def run(
     Raises:
         OliveError: with the reason and what to do; finished steps are kept.
     """
+    if download:
+        fetch(run_config)
     return carry_out(plan(run_config, output_dir=output_dir, cache_dir=cache_dir), progress)
 
 
