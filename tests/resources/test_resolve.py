@@ -181,7 +181,7 @@ def test_a_download_takes_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds no config.json with safetensors weights"):
+    with pytest.raises(ConfigError, match=r"holds no config\.json with safetensors weights"):
         resolve("owner/name", tmp_path / "x", COMMIT)
     (tmp_path / "model.safetensors").write_text("{}")
     assert resolve("owner/name", tmp_path / "x", COMMIT) == tmp_path

@@ -100,7 +100,10 @@ def _dispatch(given: list[str], args: argparse.Namespace) -> int:
         setattr(args, key, value)
     if args.no_color:
         os.environ["NO_COLOR"] = "1"
-    code: int = getattr(module, verb.call)(args)
+    try:
+        code: int = getattr(module, verb.call)(args)
+    except SystemExit as stop:  # of a library: it must not look like our own success
+        raise RuntimeError(f"something ended the program (exit {stop.code})") from stop
     sys.stdout.flush()
     return code
 

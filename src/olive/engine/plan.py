@@ -285,7 +285,7 @@ def _own_check(
         yield from technique.check(info, entry.params, machine, accelerator)
     except OliveError as error:
         yield from error.problems
-    except Exception as error:  # noqa: BLE001 - third-party code
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - third-party code
         yield _defect(entry, "check", error)
 
 
@@ -300,12 +300,12 @@ def _estimate(
         return resolve(entry.type)().estimate(info, entry.params, machine, previews)
     except OliveError as error:
         findings.extend(error.problems)
-    except Exception as error:  # noqa: BLE001 - third-party code
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - third-party code
         findings.append(_defect(entry, "estimate", error))
     return Cost(memory=0, disk=0)
 
 
-def _defect(entry: PassEntry, method: str, error: Exception) -> Problem:
+def _defect(entry: PassEntry, method: str, error: BaseException) -> Problem:
     return Problem(
         f"{entry.type}.{method} raised {type(error).__name__}: {error}",
         fix="Pass developer: yield Problems and return a Cost; never raise on valid parameters.",

@@ -6,10 +6,12 @@ import gc
 import os
 import time
 import warnings
+from dataclasses import replace
+from typing import Any
 
 from olive.errors import EnvironmentFault, OliveError, PassFailed
 from olive.hardware.probe import peak_memory, probe, reset_peak_memory
-from olive.passes.base import PassContext, Progress
+from olive.passes.base import Pass, PassContext, Progress
 from olive.passes.registry import resolve
 from olive.store.faults import environment_fault, full_disk
 from olive.store.journal import Journal
@@ -45,7 +47,7 @@ def execute(job: Job, progress: Progress) -> tuple[JobResult, PassContext]:
     started = time.monotonic()
     with failures_named(job):
         technique.run(job.model, params, ctx)
-        technique.ensure(job.out)
+        _ensure(technique, job)
     gc.collect()
     result = JobResult(
         attributes=ctx.attributes,
@@ -58,6 +60,27 @@ def execute(job: Job, progress: Progress) -> tuple[JobResult, PassContext]:
     return result, ctx
 
 
+def _ensure(technique: Pass[Any], job: Job) -> None:
+    """Hold what the pass wrote against what it declares; a finding names the step and who must act."""
+    try:
+        technique.ensure(job.out)
+    except PassFailed as error:
+        raise PassFailed(
+            problems=[
+                replace(
+                    problem,
+                    where=problem.where or _place(job),
+                    fix=problem.fix or "Pass developer: write files that load into ctx.out.",
+                )
+                for problem in error.problems
+            ]
+        ) from error
+
+
+def _place(job: Job) -> str:
+    return f"step {job.step} ({job.type})"
+
+
 class failures_named:  # noqa: N801 - a context manager, used as a verb
     """Turn whatever third-party code raises into an error that names the step and who must act."""
 
@@ -68,9 +91,15 @@ class failures_named:  # noqa: N801 - a context manager, used as a verb
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, OliveError) or not isinstance(error, Exception):
+        if isinstance(error, OliveError) or not isinstance(error, Exception | SystemExit):
             return
-        where = f"step {self.job.step} ({self.job.type})"
+        where = _place(self.job)
+        if isinstance(error, SystemExit):
+            raise PassFailed(
+                f"the pass ended the program (exit {error.code})",
+                where=where,
+                fix="Pass developer: raise an exception that says what is wrong.",
+            ) from error
         full = full_disk(error, self.job.out)
         if full is not None:
             raise environment_fault(full, self.job.out, where) from error
