@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from olive.errors import EnvironmentFault, OliveError, PassFailed
@@ -47,7 +48,7 @@ def execute(job: Job, progress: Progress) -> tuple[JobResult, PassContext]:
     started = time.monotonic()
     with failures_named(job):
         technique.run(job.model, params, ctx)
-        _ensure(technique, job)
+        _ensure(technique, job.out)
     gc.collect()
     result = JobResult(
         attributes=ctx.attributes,
@@ -60,25 +61,17 @@ def execute(job: Job, progress: Progress) -> tuple[JobResult, PassContext]:
     return result, ctx
 
 
-def _ensure(technique: Pass[Any], job: Job) -> None:
-    """Hold what the pass wrote against what it declares; a finding names the step and who must act."""
+def _ensure(technique: Pass[Any], out: Path) -> None:
+    """Hold what the pass wrote against what it declares; a finding says who must act."""
     try:
-        technique.ensure(job.out)
+        technique.ensure(out)
     except PassFailed as error:
         raise PassFailed(
             problems=[
-                replace(
-                    problem,
-                    where=problem.where or _place(job),
-                    fix=problem.fix or "Pass developer: write files that load into ctx.out.",
-                )
+                replace(problem, fix=problem.fix or "Pass developer: write files that load into ctx.out.")
                 for problem in error.problems
             ]
         ) from error
-
-
-def _place(job: Job) -> str:
-    return f"step {job.step} ({job.type})"
 
 
 class failures_named:  # noqa: N801 - a context manager, used as a verb
@@ -91,9 +84,12 @@ class failures_named:  # noqa: N801 - a context manager, used as a verb
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        where = f"step {self.job.step} ({self.job.type})"
+        if isinstance(error, PassFailed) and any(problem.where is None for problem in error.problems):
+            named = [replace(problem, where=problem.where or where) for problem in error.problems]
+            raise PassFailed(problems=named) from error
         if isinstance(error, OliveError) or not isinstance(error, Exception | SystemExit):
             return
-        where = _place(self.job)
         if isinstance(error, SystemExit):
             raise PassFailed(
                 f"the pass ended the program (exit {error.code})",
