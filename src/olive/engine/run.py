@@ -156,7 +156,7 @@ def _compute(
         )
         result, ctx = execute(job, state.progress)
         state.findings += result.findings
-        with failures_named(job):
+        with failures_named(job.place, job.out):
             gates = _gates(state, job, ctx)
         meta = {
             "step": name,
@@ -169,7 +169,7 @@ def _compute(
             "peak_memory": result.peak_memory,
             "gates": [gate.model_dump(mode="json") for gate in gates],
         }
-        with failures_named(job):
+        with failures_named(job.place, job.out):
             found = state.store.publish(staging, key, meta, parts)
     journal.clear()
     return found
@@ -227,15 +227,16 @@ def _evaluate(state: _Run, evaluator: Evaluator, model: Artifact) -> tuple[Score
     if found is None:
         from olive.evaluation.evaluate import evaluate
 
-        scores = evaluate(
-            model,
-            evaluator,
-            data=_by_name(plan),
-            base_dir=plan.base_dir,
-            machine=plan.machine,
-            accelerator=accelerator_of(plan.workflow, plan.workflow.target),
-            progress=state.progress,
-        )
+        with failures_named(f"evaluation of the {model.kind.value} model", state.store.root):
+            scores = evaluate(
+                model,
+                evaluator,
+                data=_by_name(plan),
+                base_dir=plan.base_dir,
+                machine=plan.machine,
+                accelerator=accelerator_of(plan.workflow, plan.workflow.target),
+                progress=state.progress,
+            )
         with state.store.stage() as staging:
             body = json.dumps([score.model_dump(mode="json") for score in scores])
             (staging.path / "scores.json").write_text(body, encoding="utf-8")

@@ -37,6 +37,11 @@ class Job(Frozen):
     out: Path
     journal: Path
 
+    @property
+    def place(self) -> str:
+        """How messages name it."""
+        return f"step {self.step} ({self.type})"
+
 
 class JobResult(Frozen):
     """What a job reports beside the files it wrote.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import time
 import warnings
@@ -46,19 +47,30 @@ def execute(job: Job, progress: Progress) -> tuple[JobResult, PassContext]:
     ctx = context(job, progress)
     reset_peak_memory()
     started = time.monotonic()
-    with failures_named(job):
+    with failures_named(job.place, job.out):
         technique.run(job.model, params, ctx)
         _ensure(technique, job.out)
-    gc.collect()
-    result = JobResult(
-        attributes=ctx.attributes,
-        facts=ctx.facts,
-        series=ctx.series,
-        seconds=time.monotonic() - started,
-        peak_memory=peak_memory(),
-        findings=tuple(ctx.journal.findings),
-    )
-    return result, ctx
+        gc.collect()
+        return _result(ctx, time.monotonic() - started), ctx
+
+
+def _result(ctx: PassContext, seconds: float) -> JobResult:
+    """What the pass recorded; it has to fit into JSON, which knows no NaN."""
+    try:
+        json.dumps([ctx.attributes, ctx.facts, ctx.series], allow_nan=False)
+        return JobResult(
+            attributes=ctx.attributes,
+            facts=ctx.facts,
+            series=ctx.series,
+            seconds=seconds,
+            peak_memory=peak_memory(),
+            findings=tuple(ctx.journal.findings),
+        )
+    except (TypeError, ValueError) as error:
+        raise PassFailed(
+            f"what was recorded beside the model is no JSON: {error}",
+            fix="Pass developer: put finite numbers and text into ctx.facts, ctx.series and ctx.attributes.",
+        ) from error
 
 
 def _ensure(technique: Pass[Any], out: Path) -> None:
@@ -75,16 +87,21 @@ def _ensure(technique: Pass[Any], out: Path) -> None:
 
 
 class failures_named:  # noqa: N801 - a context manager, used as a verb
-    """Turn whatever third-party code raises into an error that names the step and who must act."""
+    """Turn whatever third-party code raises into an error that names the step and who must act.
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    Args:
+        where: the step, as messages name it.
+        out: the folder it writes to.
+    """
+
+    def __init__(self, where: str, out: Path) -> None:
+        self.where, self.out = where, out
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        where = f"step {self.job.step} ({self.job.type})"
+        where = self.where
         if isinstance(error, PassFailed) and any(problem.where is None for problem in error.problems):
             named = [replace(problem, where=problem.where or where) for problem in error.problems]
             raise PassFailed(problems=named) from error
@@ -92,13 +109,13 @@ class failures_named:  # noqa: N801 - a context manager, used as a verb
             return
         if isinstance(error, SystemExit):
             raise PassFailed(
-                f"the pass ended the program (exit {error.code})",
+                f"something in it ended the program (exit {error.code})",
                 where=where,
                 fix="Pass developer: raise an exception that says what is wrong.",
             ) from error
-        full = full_disk(error, self.job.out)
+        full = full_disk(error, self.out)
         if full is not None:
-            raise environment_fault(full, self.job.out, where) from error
+            raise environment_fault(full, self.out, where) from error
         if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
             raise EnvironmentFault(
                 f"memory ran out: {error}",
