@@ -39,6 +39,7 @@ class Fault:
         after: matches to let pass first.
         file_size: bytes no file may pass.
         path: folders on the import path before all others.
+        environment: of the run and its children.
     """
 
     at: str | None = None
@@ -46,6 +47,7 @@ class Fault:
     after: int = 0
     file_size: int | None = None
     path: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -127,7 +129,7 @@ def until(true: Callable[[], Any], what: str, alive: Callable[[], bool], timeout
 
 
 def _olive(arguments: tuple[str, ...], cwd: Path, log: Path, fault: Fault) -> None:
-    os.environ.update(QUIET)
+    os.environ.update(QUIET | dict(fault.environment))
     os.chdir(cwd)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(log / name, os.O_CREAT | os.O_WRONLY), number)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +15,7 @@ from fault_kit import (
     CHECKPOINT,
     Done,
     Fault,
+    Started,
     cached,
     cold,
     copy,
@@ -146,10 +146,8 @@ def test_killed_in_every_phase(calm: Path, fresh: Path, tmp_path: Path) -> None:
 def test_killed_between_two_passes(calm: Path, fresh: Path, tmp_path: Path) -> None:
     folder = copy(fresh, tmp_path / "work")
     write(folder, document(passes=["lora", "merge"]))
-    victim = warm(*RUN, cwd=folder)
-    until(lambda: store(folder, "entries"), "the first result", victim.process.is_alive)
-    victim.process.kill()
-    assert victim.wait().code == -signal.SIGKILL
+    done = killed(folder, r"/claim-[0-9a-f]{64}\.lock$", after=1)  # before the second step is begun
+    assert "training ..." in done.err
     assert len(store(folder, "entries")) == 1
     done = run(*RUN, cwd=folder)
     assert done.code == 0, done.said
@@ -158,41 +156,67 @@ def test_killed_between_two_passes(calm: Path, fresh: Path, tmp_path: Path) -> N
     assert steps(folder) == steps(calm)[:2]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stopped_while_training(calm: Path, fresh: Path, tmp_path: Path, number: int, code: int) -> None:
-    folder = copy(fresh, tmp_path / "work")
-    write(folder, document(passes=["lora", "merge"]))
-    start = cold if number == signal.SIGTERM else warm
-    victim = start(*RUN, cwd=folder)
-    process = victim if isinstance(victim, subprocess.Popen) else victim.process
-    alive = (lambda: process.poll() is None) if isinstance(victim, subprocess.Popen) else process.is_alive
-    until(lambda: list(folder.glob(".olive-cache/work/*/ckpt-2/manifest.json")), "a checkpoint", alive)
-    os.kill(process.pid, number)
-    done = ended(victim) if isinstance(victim, subprocess.Popen) else victim.wait()
+def check_stopped(folder: Path, done: Done, code: int) -> None:
     assert done.code == code, done.said
     assert "Traceback" not in done.err
     assert "checkpoints are kept in .olive-cache; the same command continues from there" in done.err
-    assert store(folder, "staging") == store(folder, "entries") == leases(folder) == []
+    assert store(folder, "staging") == leases(folder) == []
     assert not (folder / "olive-output").exists()
+
+
+def test_terminated_while_training(fresh: Path, tmp_path: Path) -> None:
+    """The program as a user starts it, stopped from outside once a checkpoint is there."""
+    folder = copy(fresh, tmp_path / "work")
+    write(folder, document(steps=60, passes=["lora"]))
+    victim = cold(*RUN, cwd=folder)
+    until(
+        lambda: list(folder.glob(".olive-cache/work/*/ckpt-2")),
+        "a checkpoint",
+        lambda: victim.poll() is None,
+    )
+    victim.send_signal(signal.SIGTERM)
+    check_stopped(folder, ended(victim), 143)
+    assert store(folder, "entries") == []
     done = run(*RUN, cwd=folder)
     assert done.code == 0, done.said
     assert CHECKPOINT in done.err
-    assert steps(folder) == steps(calm)[:2]
+    assert result(folder)["steps"][0]["facts"]["steps"] == 60
 
 
-def test_stopped_while_exporting(calm: Path, merged: Path) -> None:
+def test_interrupted_while_training(calm: Path, fresh: Path, tmp_path: Path) -> None:
+    folder = copy(fresh, tmp_path / "work")
+    write(folder, document(passes=["lora"]))
+    stop = Fault(at=r"/work/[0-9a-f]{64}/ckpt-8\.tmp", number=signal.SIGINT)
+    check_stopped(folder, run(*RUN, cwd=folder, fault=stop), 130)
+    assert store(folder, "entries") == []
+    (journal,) = (folder / ".olive-cache" / "work").iterdir()
+    assert names(journal) == ["ckpt-4", "ckpt-6"]
+    done = run(*RUN, cwd=folder)
+    assert done.code == 0, done.said
+    assert f"{CHECKPOINT} 6" in done.err
+    assert steps(folder) == steps(calm)[:1]
+
+
+def test_stopped_while_exporting(calm: Path, merged: Path, tmp_path: Path) -> None:
     """The child of a gate is killed, then the run is stopped beside that child, then during the export."""
     folder = merged
     kept = store(folder, "entries")
+    slow = "import sys, time\nif any('generate_once' in one for one in sys.orig_argv):\n    time.sleep(100)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    fault = Fault(environment=(("PYTHONPATH", str(tmp_path)),))
 
-    def child(of: Any) -> list[psutil.Process]:
-        with contextlib.suppress(psutil.Error):
-            return [c for c in psutil.Process(of).children() if "generate_once" in " ".join(c.cmdline())]
-        return []
+    def gate() -> tuple[Started, psutil.Process]:
+        def found() -> list[psutil.Process]:
+            with contextlib.suppress(psutil.Error):
+                children = psutil.Process(victim.process.pid).children()
+                return [one for one in children if "generate_once" in " ".join(one.cmdline())]
+            return []
 
-    victim = warm(*RUN, cwd=folder)
-    gate = until(lambda: child(victim.process.pid), "the gate's child", victim.process.is_alive)[0]
-    gate.kill()
+        victim = warm(*RUN, cwd=folder, fault=fault)
+        return victim, until(found, "the gate's child", victim.process.is_alive)[0]
+
+    victim, child = gate()
+    child.kill()
     done = victim.wait()
     assert done.code == 3, done.said
     assert "signal 9" in done.err
@@ -200,25 +224,15 @@ def test_stopped_while_exporting(calm: Path, merged: Path) -> None:
     assert store(folder, "entries") == kept
     assert store(folder, "staging") == leases(folder) == []
 
-    victim = warm(*RUN, cwd=folder)
-    gate = until(lambda: child(victim.process.pid), "the gate's child", victim.process.is_alive)[0]
+    victim, child = gate()
     os.kill(victim.process.pid, signal.SIGTERM)
-    done = victim.wait()
-    assert done.code == 143, done.said
-    assert not gate.is_running()
+    check_stopped(folder, victim.wait(), 143)
+    assert not child.is_running()
     assert store(folder, "entries") == kept
-    assert store(folder, "staging") == leases(folder) == []
 
-    victim = warm(*RUN, cwd=folder)
-    written = ".olive-cache/staging/*/files/**/*.onnx*"
-    until(lambda: list(folder.glob(written)), "a file of the export", victim.process.is_alive)
-    os.kill(victim.process.pid, signal.SIGINT)
-    done = victim.wait()
-    assert done.code == 130, done.said
-    assert "Traceback" not in done.err
-    assert "kept in .olive-cache" in done.err
+    stop = Fault(at=r"staging-\w+/files/.*\.onnx", number=signal.SIGINT)
+    check_stopped(folder, run(*RUN, cwd=folder, fault=stop), 130)
     assert store(folder, "entries") == kept
-    assert store(folder, "staging") == leases(folder) == []
 
     done = run(*RUN, cwd=folder)
     assert done.code == 0, done.said
@@ -264,8 +278,8 @@ def test_two_runs_at_once(calm: Path, fresh: Path, tmp_path: Path) -> None:
     both = [warm(*RUN, cwd=folder), warm(*RUN, cwd=folder)]
     done = [each.wait() for each in both]
     assert [each.code for each in done] == [0, 0], done
-    assert sum("another run computes this step" in each.err for each in done) >= 1
     assert sum("training ..." in each.err for each in done) == 1
+    assert sum("merge ..." in each.err for each in done) == 1
     assert len(store(folder, "entries")) == 2
     assert steps(folder) == steps(calm)[:2]
     assert store(folder, "staging") == store(folder, "work") == leases(folder) == []
