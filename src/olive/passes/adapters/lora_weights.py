@@ -31,6 +31,8 @@ _UNSUPPORTED = {
     "megatron_config": "Megatron layers",
     "arrow_config": "Arrow routing",
 }
+# These start from a changed base, which is not stored: the base on disk plus B A is not what was trained.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,9 @@ def unsupported(config: dict[str, Any]) -> str | None:
     kind = str(config.get("peft_type", "LORA"))
     if kind != "LORA":
         return f"a {kind} adapter"
+    start = str(config.get("init_lora_weights") or "").lower()
+    if start.startswith(_CHANGES_BASE):
+        return f"LoRA that started from a changed base (init_lora_weights {start})"
     return next((words for key, words in _UNSUPPORTED.items() if config.get(key)), None)
 
 
