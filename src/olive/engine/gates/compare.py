@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 LONGEST = 256
-_ROWS = 128
+_CELLS = 4 << 20  # logits compared at once
+_KEPT = 256 << 20  # bytes of reference logits held at once
 
 
 @dataclass(slots=True)
@@ -56,8 +57,9 @@ class Comparison:
             reference: logits of p, (positions, vocabulary), any floating dtype.
             logits: of q, same shape. Computed in float64.
         """
-        for start in range(0, len(reference), _ROWS):
-            self._add(reference[start : start + _ROWS].double(), logits[start : start + _ROWS].double())
+        rows = max(1, _CELLS // max(reference.shape[-1], 1))
+        for start in range(0, len(reference), rows):
+            self._add(reference[start : start + rows].double(), logits[start : start + rows].double())
 
     def _add(self, reference: torch.Tensor, logits: torch.Tensor) -> None:
         self.positions += len(reference)
@@ -79,16 +81,21 @@ class Comparison:
         )
 
 
-def torch_logits(model: Any, prompts: Iterable[list[int]]) -> list[torch.Tensor]:
-    """Logits of a transformers model, one (positions, vocabulary) float32 tensor a prompt."""
+def torch_logits(model: Any, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
+    """Logits of a transformers model, one (positions, vocabulary) float32 tensor a prompt.
+
+    Of many or wide ones only the last positions of each prompt are kept, 256 MiB together.
+    """
     import torch
 
     device = next(model.parameters()).device
+    found = []
     with torch.inference_mode():
-        return [
-            model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
-            for ids in prompts
-        ]
+        for ids in prompts:
+            logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+            kept = max(1, _KEPT // (4 * logits.shape[-1] * len(prompts)))
+            found.append(logits[-kept:].to("cpu", torch.float32, copy=True))
+    return found
 
 
 def compare(
@@ -96,10 +103,15 @@ def compare(
     prompts: Iterable[list[int]],
     logits: Callable[[list[int]], torch.Tensor],
 ) -> Comparison:
-    """Compare reference logits with those that ``logits`` gives for the same prompts."""
+    """Compare reference logits with those that ``logits`` gives for the same prompts.
+
+    Where one side has fewer positions (some models give the last one alone), the last ones are compared.
+    """
     result = Comparison()
     for expected, ids in zip(reference, prompts, strict=True):
-        result.add(expected, logits(ids))
+        found = logits(ids)
+        positions = min(len(expected), len(found))
+        result.add(expected[-positions:], found[-positions:])
     return result
 
 

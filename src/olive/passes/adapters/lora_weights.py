@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olive.errors import PassFailed
+from olive.models.tensors import Tensors, read_header
 
 if TYPE_CHECKING:
     import torch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_AGAIN = "Train the adapter again, or copy it again."
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(?:\.weight)?")
 _UNSUPPORTED = {
@@ -30,6 +32,11 @@ _UNSUPPORTED = {
     "trainable_token_indices": "trainable single tokens",
     "megatron_config": "Megatron layers",
     "arrow_config": "Arrow routing",
+    "alora_invocation_tokens": "an activated LoRA (only in force after its invocation tokens)",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "Monte Carlo LoRA",
 }
 # These start from a changed base, which is not stored: the base on disk plus B A is not what was trained.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -63,6 +70,7 @@ class Adapter:
         deltas: base tensor name -> change.
         replaced: base tensor name -> name of the tensor in the adapter that takes its place.
         foreign: tensors of the adapter that fit no scheme known here.
+        tensors: tensor name -> (safetensors dtype code, shape), from the header.
     """
 
     folder: Path
@@ -70,6 +78,7 @@ class Adapter:
     deltas: dict[str, Delta] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)
     foreign: tuple[str, ...] = ()
+    tensors: Tensors = field(default_factory=dict)
 
     @property
     def targets(self) -> set[str]:
@@ -98,36 +107,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PassFailed(
-            f"the adapter has no readable {CONFIG}: {error}", fix="Train the adapter again."
-        ) from error
+        raise PassFailed(f"the adapter has no readable {CONFIG}: {error}", fix=_AGAIN) from error
     if not isinstance(config, dict):
-        raise PassFailed(f"{path} is not a JSON object", fix="Train the adapter again.")
+        raise PassFailed(f"{path} is not a JSON object", fix=_AGAIN)
     return config
 
 
 def read(folder: Path) -> Adapter:
-    """Read what the adapter in ``folder`` changes; no tensor is loaded.
+    """Read what the adapter in ``folder`` changes, from its config and header: no tensor, no torch.
 
     Raises:
         PassFailed: no adapter there, a kind of adapter that needs more than ``W + s B A``, or half a pair.
+        UntrustedInput: the file is truncated or malformed.
     """
-    from safetensors import SafetensorError, safe_open
-
     config = read_config(folder)
     if found := unsupported(config):
-        raise PassFailed(f"the adapter is {found}; MergeAdapterWeights merges LoRA and rsLoRA")
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
         raise PassFailed(
-            f"the adapter's {WEIGHTS} does not load: {error}", fix="Train the adapter again."
-        ) from error
-    adapter = Adapter(folder, config)
+            f"the adapter is {found}; MergeAdapterWeights merges LoRA and rsLoRA",
+            fix="Merge it with the library that trained it, and use the result as input_model.",
+        )
+    try:
+        tensors = read_header(folder / WEIGHTS)
+    except OSError as error:
+        raise PassFailed(f"the adapter has no readable {WEIGHTS}: {error}", fix=_AGAIN) from error
+    adapter = Adapter(folder, config, tensors=tensors)
     foreign: list[str] = []
-    halves: dict[str, dict[str, str]] = {}
-    for name in shapes:
+    halves: dict[tuple[str, bool], dict[str, str]] = {}
+    for name in tensors:
         base = name.removeprefix(_PREFIX)
         match = _LORA.fullmatch(base)
         if base == name:
@@ -135,28 +141,27 @@ def read(folder: Path) -> Adapter:
         elif match is None:
             adapter.replaced[base.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = name
         else:
-            module = f"{match['module']}\0{'embedding' if match['embedding'] else ''}"
-            halves.setdefault(module, {})[match["part"]] = name
-    for module, pair in halves.items():
-        name, _, embedding = module.partition("\0")
-        if set(pair) != {"A", "B"}:
+            halves.setdefault((match["module"], bool(match["embedding"])), {})[match["part"]] = name
+    for (module, embedding), pair in halves.items():
+        delta = _delta(adapter, module, embedding, pair)
+        adapter.deltas[delta.target] = delta
+    return replace(adapter, foreign=tuple(foreign))
+
+
+def _delta(adapter: Adapter, module: str, embedding: bool, pair: dict[str, str]) -> Delta:
+    if set(pair) != {"A", "B"}:
+        raise PassFailed(f"the adapter has only {', '.join(pair.values())} of {module}", fix=_AGAIN)
+    for name in pair.values():
+        shape = adapter.tensors[name][1]
+        if len(shape) != 2 or 0 in shape:
             raise PassFailed(
-                f"the adapter has only {sorted(pair.values())} of {name}", fix="Train the adapter again."
+                f"{name} has shape {shape}; the factor of a linear layer has two axes",
+                fix="Train on linear layers: set target_modules.",
             )
-        rank = shapes[pair["A"]][0]
-        if len(shapes[pair["A"]]) != 2 or rank == 0:
-            raise PassFailed(
-                f"{pair['A']} has shape {shapes[pair['A']]}; a linear layer's factor has two axes"
-            )
-        target = f"{name}.weight"
-        adapter.deltas[target] = Delta(
-            target,
-            pair["A"],
-            pair["B"],
-            _scale(config, name, rank),
-            bool(embedding) or bool(config.get("fan_in_fan_out")),
-        )
-    return Adapter(folder, config, adapter.deltas, adapter.replaced, tuple(foreign))
+    rank = adapter.tensors[pair["A"]][1][0]
+    transposed = embedding or bool(adapter.config.get("fan_in_fan_out"))
+    scale = _scale(adapter.config, module, rank)
+    return Delta(f"{module}.weight", pair["A"], pair["B"], scale, transposed)
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
@@ -168,16 +173,14 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def product(a: torch.Tensor, b: torch.Tensor, delta: Delta) -> torch.Tensor:
-    """The change itself, float32, in the layout of the base tensor.
+def add_product(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, delta: Delta) -> None:
+    """``weight += scale * B A``, in place: nothing else of the weight's size is allocated.
 
     Args:
+        weight: float32, in the layout of the base tensor.
         a: (rank, in).
         b: (out, rank).
         delta: which change; gives the scale and the layout.
-
-    Returns:
-        ``scale * b @ a``: (out, in), or (in, out) when the base is transposed.
     """
-    change = delta.scale * (b.float() @ a.float())
-    return change.T if delta.transposed else change
+    left, right = (a.float().T, b.float().T) if delta.transposed else (b.float(), a.float())
+    weight.addmm_(left, right, alpha=delta.scale)

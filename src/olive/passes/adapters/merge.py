@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +14,20 @@ from pydantic import Field
 from olive.config.base import Dtype, PassParams
 from olive.config.workflow import Accelerator
 from olive.data.plan import Preview
-from olive.errors import PassFailed, Problem
+from olive.errors import OliveError, PassFailed, Problem
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import finish_folder, read_json
-from olive.models.tensors import INDEX
+from olive.models.tensors import INDEX, Tensors
 from olive.passes.adapters import lora_weights
-from olive.passes.adapters.stream import Layout, LazyTensors, stored_code, write
+from olive.passes.adapters.stream import Layout, LazyTensors, stored_code, stored_dtype, write
 from olive.passes.base import Cost, Pass, PassContext
 
 if TYPE_CHECKING:
     import torch
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_WHERE = "MergeAdapterWeights"
+_PAIR = _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CODE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -53,28 +55,29 @@ class MergeAdapterWeights(Pass["MergeAdapterWeights.Params"]):
     def check(
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
-        """Refuse a quantised base and adapters that need more than ``W + s B A``."""
+        """Refuse a quantised base, and an adapter of the document that does not fit it."""
         method = (model.config.get("quantization_config") or {}).get("quant_method")
         if method:
             yield Problem(
                 f"the base model is stored quantised ({method}); merge into floating point",
-                where="MergeAdapterWeights",
+                where=_WHERE,
                 fix="Use the unquantised model as input_model.",
             )
-        config = model.path / lora_weights.CONFIG
-        if config.is_file() and (found := lora_weights.unsupported(lora_weights.read_config(model.path))):
-            yield Problem(
-                f"the adapter in {model.path} is {found}; MergeAdapterWeights merges LoRA and rsLoRA",
-                where="MergeAdapterWeights",
-            )
+        elif model.adapter is not None:
+            try:
+                check_fit(lora_weights.read(model.adapter), model.tensors)
+            except OliveError as error:
+                for problem in error.problems:
+                    yield replace(problem, where=_WHERE, exit_code=6 if problem.exit_code == 6 else 2)
 
     def estimate(
         self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
     ) -> Cost:
-        """The two largest tensors in float32 on top of torch itself; one whole model on disk."""
+        """The memory of the merge gate, which runs the whole model in float32; merging needs one tensor."""
         disk = model.parameters * _CODE_BYTES[params.dtype or "float32"]
         largest = max((prod(shape) for _, shape in model.tensors.values()), default=0)
-        return Cost(memory=(300 << 20) + 12 * largest, disk=disk, seconds=0.5 + disk / 5e8)
+        memory = (500 << 20) + 4 * model.parameters + 4 * largest
+        return Cost(memory=memory, disk=disk, seconds=0.5 + disk / 5e8)
 
     def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:
         """Write the merged model into ``ctx.out``.
@@ -83,11 +86,13 @@ class MergeAdapterWeights(Pass["MergeAdapterWeights.Params"]):
             PassFailed: the adapter does not fit the base.
         """
         if model.base is None:
-            raise PassFailed("the adapter names no base model", fix="Set input_model.model_path to its base.")
+            raise PassFailed(
+                "the adapter names no base model", where=_WHERE, fix="Set input_model.model_path to its base."
+            )
         adapter = lora_weights.read(model.path)
         dtype = params.dtype or model.attributes.get("dtype")
         with LazyTensors(model.base.path) as base, LazyTensors(model.path) as factors:
-            check_fit(adapter, base, factors)
+            check_fit(adapter, base.layout)
             config = _config(model.base.path, dtype)
             merger = _Merger(base, factors, adapter, dtype, config)
             ctx.progress.start("merge", len(base))
@@ -104,17 +109,16 @@ class MergeAdapterWeights(Pass["MergeAdapterWeights.Params"]):
             ctx.attributes["dtype"] = dtype
 
 
-def check_fit(adapter: lora_weights.Adapter, base: LazyTensors, factors: LazyTensors) -> None:
-    """Every tensor of the adapter has its place in the base, with the right shape.
+def check_fit(adapter: lora_weights.Adapter, base: Tensors) -> None:
+    """Every tensor of the adapter has its place in the base, with the right shape; told from headers alone.
 
     Raises:
         PassFailed: naming the first tensors that do not fit, and what the base has instead.
     """
-    tied = _HEAD not in base
-    lost = [
-        *adapter.foreign,
-        *sorted(name for name in adapter.targets if name not in base and not _tied(name, tied)),
-    ]
+    shapes = {name: shape for name, (_, shape) in base.items()}
+    if _HEAD not in shapes and _EMBEDDING in shapes:
+        shapes[_HEAD] = shapes[_EMBEDDING]
+    lost = [*adapter.foreign, *sorted(name for name in adapter.targets if name not in shapes)]
     if lost or not adapter.targets:
         modules = sorted(
             {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in base if name.count(".") > 2}
@@ -123,31 +127,32 @@ def check_fit(adapter: lora_weights.Adapter, base: LazyTensors, factors: LazyTen
             f"{len(lost)} tensors of the adapter have no place in the base model, e.g. {', '.join(lost[:3])}"
             if lost
             else "the adapter holds no tensors",
-            where="MergeAdapterWeights",
+            where=_WHERE,
             fix=f"This adapter belongs to another model. The base has {', '.join(modules[:12])}.",
         )
     for target, delta in adapter.deltas.items():
-        (rank, inputs), (outputs, other) = factors.shape(delta.a), factors.shape(delta.b)
+        (rank, inputs), (outputs, other) = adapter.tensors[delta.a][1], adapter.tensors[delta.b][1]
         wanted = (inputs, outputs) if delta.transposed else (outputs, inputs)
-        found = base.shape(target if target in base else _EMBEDDING)
-        if found != wanted or rank != other:
+        if rank != other:
             raise PassFailed(
-                f"{target} of the base has shape {found}, the adapter was trained on {wanted}",
-                where="MergeAdapterWeights",
+                f"{delta.a} has rank {rank} and {delta.b} has rank {other}",
+                where=_WHERE,
+                fix="The adapter is damaged: train it again, or copy it again.",
+            )
+        if shapes[target] != wanted:
+            raise PassFailed(
+                f"{target} of the base has shape {shapes[target]}, the adapter was trained on {wanted}",
+                where=_WHERE,
                 fix="This adapter belongs to another base: set input_model.model_path to the right one.",
             )
     for target, source in adapter.replaced.items():
-        found = base.shape(target if target in base else _EMBEDDING)
-        if factors.shape(source) != found:
+        if adapter.tensors[source][1] != shapes[target]:
             raise PassFailed(
-                f"{target} of the base has shape {found}, the adapter brings {factors.shape(source)}",
-                where="MergeAdapterWeights",
+                f"{target} of the base has shape {shapes[target]}, "
+                f"the adapter brings {adapter.tensors[source][1]}",
+                where=_WHERE,
                 fix="The adapter resized this layer (a larger vocabulary?): give the base the same size.",
             )
-
-
-def _tied(name: str, tied: bool) -> bool:
-    return tied and name == _HEAD
 
 
 class _Merger:
@@ -202,28 +207,23 @@ class _Merger:
         value = self.factors[replaced] if replaced else self.base[source]
         delta = self.adapter.deltas.get(name)
         if delta is not None:
-            wanted = value.dtype
-            value = value.float() + lora_weights.product(self.factors[delta.a], self.factors[delta.b], delta)
-            value = value if self.dtype else value.to(wanted)
-        if self.dtype and value.is_floating_point():
-            value = value.to(getattr(torch, self.dtype))
-        elif replaced:
-            value = value.to(self.base[source].dtype)
-        return value
+            value = value.to(torch.float32, copy=True)
+            lora_weights.add_product(value, self.factors[delta.a], self.factors[delta.b], delta)
+        return value.to(stored_dtype(self._layout(name)[0]))
 
 
 def _unties(adapter: lora_weights.Adapter, base: LazyTensors, factors: LazyTensors) -> bool:
     """Whether a shared embedding and head must be stored apart to stay what was trained."""
-    import torch
-
     if _HEAD in base or _EMBEDDING not in base:
         return False
-    changed = adapter.targets & {_EMBEDDING, _HEAD}
-    if not changed:
+    if not adapter.deltas.keys().isdisjoint(_PAIR):
+        return True
+    if adapter.replaced.keys().isdisjoint(_PAIR):
         return False
-    if set(adapter.replaced) >= {_EMBEDDING, _HEAD}:
-        return not torch.equal(factors[adapter.replaced[_EMBEDDING]], factors[adapter.replaced[_HEAD]])
-    return True
+    one, other = (
+        factors[adapter.replaced[name]] if name in adapter.replaced else base[_EMBEDDING] for name in _PAIR
+    )
+    return not one.float().equal(other.float())
 
 
 def _config(folder: Path, dtype: str | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from olive.errors import PassFailed
+from olive.errors import InternalError, PassFailed
 from olive.models.tensors import read_header, weight_files
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 Layout = tuple[str, tuple[int, ...]]
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TORCH = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
+    "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -88,6 +92,19 @@ def stored_code(code: str, dtype: str | None) -> str:
     return _CODES[dtype] if dtype is not None and code in {"F64", "F32", "F16", "BF16"} else code
 
 
+def stored_dtype(code: str) -> torch.dtype:
+    """The torch dtype of a safetensors code.
+
+    Raises:
+        PassFailed: a dtype that is not copied here: 8-bit floats, packed formats, complex numbers.
+    """
+    import torch
+
+    if code not in _TORCH:
+        raise PassFailed(f"a tensor is stored as {code}", fix="Use a model in floating point.")
+    return getattr(torch, _TORCH[code])
+
+
 def write(path: Path, layout: Mapping[str, Layout], load: Callable[[str], torch.Tensor]) -> int:
     """Write one safetensors file with a single tensor in memory at a time.
 
@@ -100,7 +117,8 @@ def write(path: Path, layout: Mapping[str, Layout], load: Callable[[str], torch.
         Bytes of tensor data written.
 
     Raises:
-        PassFailed: a dtype that cannot be stored, or ``load`` gave another size than ``layout`` promised.
+        PassFailed: a dtype that cannot be stored.
+        InternalError: ``load`` gave another dtype or shape than ``layout`` promised.
     """
     import torch
 
@@ -108,7 +126,9 @@ def write(path: Path, layout: Mapping[str, Layout], load: Callable[[str], torch.
     end = 0
     for name, (code, shape) in layout.items():
         if code not in _BYTES:
-            raise PassFailed(f"{name} is stored as {code}", fix="Use a model in floating point.")
+            raise PassFailed(
+                f"{name} is stored as {code}, which cannot be copied", fix="Use a model in floating point."
+            )
         size = _BYTES[code] * prod(shape)
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
@@ -117,12 +137,11 @@ def write(path: Path, layout: Mapping[str, Layout], load: Callable[[str], torch.
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for name, (_, shape) in layout.items():
+        for name, (code, shape) in layout.items():
             tensor = load(name).contiguous()
-            start, stop = header[name]["data_offsets"]
-            if tuple(tensor.shape) != shape or tensor.nbytes != stop - start:
-                raise PassFailed(
-                    f"{name} came out as {tensor.dtype} {tuple(tensor.shape)}", fix="Our defect."
+            if tuple(tensor.shape) != shape or tensor.dtype != getattr(torch, _TORCH[code]):
+                raise InternalError(
+                    f"{name} came out as {tensor.dtype} {tuple(tensor.shape)}, promised were {code} {shape}"
                 )
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return end
