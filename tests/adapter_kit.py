@@ -46,7 +46,7 @@ def make_adapter(base: Path, folder: Path, *, std: float = 0.1, **settings: Any)
     given = {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj", "qkv_proj"], "task_type": "CAUSAL_LM"}
     model = get_peft_model(load_model(base, dtype="float32"), LoraConfig(**(given | settings)))
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_A" in name:  # PEFT starts both at zero
             torch.nn.init.normal_(parameter, std=std) if std else torch.nn.init.zeros_(parameter)
         elif "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.05)

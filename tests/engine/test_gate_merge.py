@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from olive.config.workflow import MergeGate
 from olive.engine.gates import merge as gate
 from olive.engine.result import GateResult
 from olive.errors import OliveError, PassFailed
+from olive.models.hf import load_model
 from olive.passes.adapters.merge import MergeAdapterWeights
 
 PROMPTS = [[5, 9, 40, 77, 120, 33], [7, 8, 200, 14]]
@@ -68,7 +70,9 @@ def test_the_right_merge_passes(base: Path, trained: Path, sound: Path) -> None:
     [
         ("layers.1.self_attn.o_proj", lambda x: x + 1e-3, "not scale times B A"),
         ("layers.0.mlp.down_proj", lambda x: x + 1e-3, "differs from the base"),
-        ("layers.0.self_attn.qkv_proj", lambda x: x * float("nan"), "merge gate"),
+        ("layers.0.self_attn.qkv_proj", lambda x: x * float("nan"), "NaN or infinity in .*qkv_proj"),
+        ("layers.0.mlp.gate_up_proj", lambda x: x / 0, "NaN or infinity in .*gate_up_proj"),
+        ("layers.1.self_attn.qkv_proj", lambda x: x[:-1].clone(), "has shape"),
     ],
 )
 def test_a_wrong_tensor_is_caught(
@@ -88,6 +92,83 @@ def test_a_target_left_as_it_was_is_caught(base: Path, trained: Path, sound: Pat
     original = load_file(base / "model.safetensors")[name]
     edit(merged, name, lambda _: original.clone())
     with pytest.raises(PassFailed, match="did not change"):
+        check(base, trained, merged)
+
+
+def test_half_the_change_is_caught(base: Path, trained: Path, sound: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    merged = shutil.copytree(sound, tmp_path / "merged")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    original = load_file(base / "model.safetensors")[name]
+    edit(merged, name, lambda value: original + (value - original) / 2)
+    with pytest.raises(PassFailed, match="not scale times B A"):
+        check(base, trained, merged)
+
+
+def test_a_missing_and_a_surplus_tensor_are_caught(
+    base: Path, trained: Path, sound: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {key: value.clone() for key, value in load_file(sound / "model.safetensors").items()}
+    merged = shutil.copytree(sound, tmp_path / "merged")
+    save_file({k: v for k, v in tensors.items() if "norm" not in k}, merged / "model.safetensors")
+    with pytest.raises(PassFailed, match="lacks model"):
+        check(base, trained, merged)
+    save_file(tensors | {"extra.weight": tensors["model.norm.weight"].clone()}, merged / "model.safetensors")
+    with pytest.raises(PassFailed, match=r"has extra\.weight, which the base has not"):
+        check(base, trained, merged)
+
+
+def test_a_config_that_means_another_model_is_caught(
+    base: Path, trained: Path, sound: Path, tmp_path: Path
+) -> None:
+    merged = shutil.copytree(sound, tmp_path / "merged")
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(PassFailed, match=r"KL\(base \+ adapter, merged\)"):
+        check(base, trained, merged)
+
+
+@pytest.mark.parametrize(("std", "sound"), [(0.1, True), (1e-5, False)])
+def test_a_change_below_the_resolution_of_the_dtype_is_caught(
+    base: Path, tmp_path: Path, std: float, sound: bool
+) -> None:
+    half = tmp_path / "half"
+    load_model(base, dtype="bfloat16").save_pretrained(half)
+    adapter = make_adapter(base, tmp_path / "adapter", std=std)
+    ctx = context(tmp_path / "run")
+    MergeAdapterWeights().run(artifact(half, adapter), MergeAdapterWeights.Params(), ctx)
+    if sound:
+        assert check(half, adapter, ctx.out).figures["kept"] == pytest.approx(1, abs=0.02)
+    else:
+        with pytest.raises(PassFailed, match=r"left after rounding|did not change") as caught:
+            check(half, adapter, ctx.out)
+        assert "float32" in str(caught.value.problems[0].fix)
+
+
+def test_one_target_without_change_is_caught(base: Path, trained: Path, tmp_path: Path) -> None:
+    partly = shutil.copytree(trained, tmp_path / "partly")
+    edit(partly, "layers.1.self_attn.o_proj.lora_B", lambda b: b * 0)
+    with pytest.raises(PassFailed, match=r"layers\.1\.self_attn\.o_proj\.weight .* did not change") as caught:
+        merge_and_check(base, partly, tmp_path / "run")
+    assert "B is zero" in str(caught.value.problems[0].fix)
+
+
+def test_rows_are_looked_at_in_blocks(
+    base: Path, trained: Path, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "_CELLS", 500)
+    assert check(base, trained, sound).figures["targets"] == 4
+    merged = shutil.copytree(sound, tmp_path / "merged")
+
+    def first_row(value: Any) -> Any:
+        value[0] += 1e-3
+        return value
+
+    edit(merged, "layers.1.self_attn.o_proj", first_row)
+    with pytest.raises(PassFailed, match="not scale times B A"):
         check(base, trained, merged)
 
 

@@ -38,11 +38,11 @@ def load_adapter(base_folder: Path, adapter_folder: Path, dtype: Dtype, device: 
             fix="Use the base it was trained on.",
         ) from error
     # An adapter may carry whole embedding tables beside its own tensors; asking "auto" may ask the network.
-    tables = any(name.endswith((".embed_tokens.weight", ".lm_head.weight")) for name in adapter.tensors)
-    taken = set(get_peft_model_state_dict(model, save_embedding_layers=tables))
+    needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    taken = needed | set(get_peft_model_state_dict(model, save_embedding_layers=True))
     for names, what in (
         (adapter.tensors.keys() - taken, "that no module of the base takes"),
-        (taken - adapter.tensors.keys(), "missing that the base has a place for"),
+        (needed - adapter.tensors.keys(), "missing that the base has a place for"),
     ):
         if names:
             raise PassFailed(

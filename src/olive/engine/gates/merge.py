@@ -195,7 +195,7 @@ def _check_change(
         bound += 1e-7 * base.abs().max() + 1e-6 * trained.abs().max()
         worst = max(worst, float(error.max()))
         off |= not bool((error <= bound).all())
-    if not changed:
+    if not (changed and squares):
         _fail(
             f"{name} is a target of the adapter and did not change",
             "Merge with MergeAdapterWeights dtype float32: the change is below the resolution of the dtype."
