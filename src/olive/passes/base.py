@@ -108,7 +108,10 @@ class Pass(ABC, Generic[P]):
     def check(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
-        """Everything that would fail later, found without a heavy import."""
+        """Everything that would fail later, found without a heavy import.
+
+        ``accelerator`` is the host's; the target's for a pass that declares ``execution_provider``.
+        """
         return ()
 
     def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from olive.errors import EnvironmentFault, OliveError, PassFailed
-from olive.hardware.probe import peak_memory, probe, reset_peak_memory
+from olive.hardware.probe import peak_memory, probe, release_memory, reset_peak_memory
 from olive.passes.base import Pass, PassContext, Progress
 from olive.passes.registry import resolve
 from olive.store.faults import environment_fault, full_disk
@@ -45,12 +44,13 @@ def execute(job: Job, progress: Progress) -> tuple[JobResult, PassContext]:
     technique = resolve(job.type)()
     params = technique.Params.model_validate(job.params)
     ctx = context(job, progress)
+    release_memory()
     reset_peak_memory()
     started = time.monotonic()
     with failures_named(job.place, job.out):
         technique.run(job.model, params, ctx)
         _ensure(technique, job.out)
-        gc.collect()
+        release_memory()
         return _result(ctx, time.monotonic() - started), ctx
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,11 +17,13 @@ from olive.config.workflow import Accelerator
 from olive.data.plan import Preview
 from olive.errors import EnvironmentFault, PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
-from olive.hardware.tested import version_tuple
+from olive.hardware.probe import release_memory
+from olive.hardware.tested import TESTED, version_tuple
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import copy_tokenizer, describe
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.export import builder_source
+from olive.passes.export.k_quant import k_quant_in_parts
 from olive.passes.export.quiet import captured
 
 _DISTRIBUTIONS = ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml")
@@ -53,6 +54,12 @@ _REFUSED = {
     "hf_details": "the pass sets it",
     "adapter_path": "merge the adapter with MergeAdapterWeights first",
 }
+# What onnxruntime-genai reads under "search"; it refuses a folder that names anything else.
+_SEARCH = (
+    "batch_size", "blank_penalty", "chunk_size", "diversity_penalty", "do_sample", "early_stopping",
+    "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beams", "num_return_sequences",
+    "past_present_share_buffer", "random_seed", "repetition_penalty", "temperature", "top_k", "top_p",
+)  # fmt: skip
 _QUANTISED = ("int4", "int8")
 _Option = str | int | float | bool
 _WHERE = "ModelBuilder"
@@ -119,6 +126,7 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
     extra = "cpu"
     libraries = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
     gates = ("parity", "bundle")
+    hardware = ("execution_provider",)
 
     def check(
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
@@ -142,6 +150,7 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
         if source is not None:
             yield from _check_architecture(model, source)
             yield from _check_options(params, source)
+        yield from _check_search(params, machine)
         yield from _check_blocks(model, params)
 
     def estimate(
@@ -293,6 +302,20 @@ def _check_options(params: ModelBuilder.Params, source: builder_source.BuilderSo
         )
 
 
+def _check_search(params: ModelBuilder.Params, machine: Machine) -> Iterable[Problem]:
+    version = next((machine.packages[name] for name in _DISTRIBUTIONS if name in machine.packages), "")
+    newer = version_tuple(version) > version_tuple(TESTED["onnxruntime-genai"])
+    for name in params.search:
+        if name not in _SEARCH:
+            close = get_close_matches(name, _SEARCH, n=1)
+            yield Problem(
+                f"onnxruntime-genai has no generation setting {name!r} and loads no model that names it",
+                f"{_WHERE}.search.{name}",
+                f"Did you mean {close[0]}?" if close else f"It has {', '.join(_SEARCH)}.",
+                Severity.WARNING if newer else Severity.ERROR,
+            )
+
+
 def _check_blocks(model: ModelInfo, params: ModelBuilder.Params) -> Iterable[Problem]:
     """The int4 quantisers with zero points other than the default pack an even number of blocks a row."""
     algorithm = method(params, tied(model))
@@ -318,13 +341,13 @@ def _check_blocks(model: ModelInfo, params: ModelBuilder.Params) -> Iterable[Pro
 def _build(source: Path, out: Path, precision: str, provider: str, options: Mapping[str, str]) -> None:
     scratch = out / ".builder"
     # Memory that training left to the collector would add to the peak here.
-    gc.collect()
+    release_memory()
     with captured() as said:
         try:
             from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
             place = (None, str(source), str(out), precision, provider, str(scratch))
-            with _uninitialised_layers():
+            with _uninitialised_layers(), k_quant_in_parts():
                 prepared = parse_extra_options(*place, [f"{name}={text}" for name, text in options.items()])
                 create_model(*place, **prepared)
         except ImportError as error:
@@ -366,6 +389,6 @@ def _finish(out: Path, search: Mapping[str, _Option]) -> None:
     path.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
     settings = out / "tokenizer_config.json"
     tokenizer = json.loads(settings.read_text(encoding="utf-8"))
-    if tokenizer.get("model_max_length", 0) > config["model"]["context_length"]:
+    if (tokenizer.get("model_max_length") or 0) > config["model"]["context_length"]:
         tokenizer["model_max_length"] = config["model"]["context_length"]
         settings.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

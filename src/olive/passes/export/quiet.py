@@ -21,7 +21,7 @@ class Captured:
         """The last lines; of a progress bar, only its last state."""
         self._file.flush()
         self._file.seek(0)
-        said = [line.rsplit("\r", 1)[-1].rstrip() for line in self._file.read().splitlines()]
+        said = [line.rstrip().rsplit("\r", 1)[-1] for line in self._file.read().split("\n")]
         return "\n".join([line for line in said if line][-lines:])
 
 
@@ -34,7 +34,8 @@ def captured() -> Iterator[Captured]:
     """
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+    # By line, so that it stays in order with native code; newlines as they are, to tell progress bars by.
+    with tempfile.TemporaryFile("w+", 1, encoding="utf-8", newline="", errors="replace") as file:
         sys.stdout.flush()
         sys.stderr.flush()
         saved: list[tuple[int, int]] = []
