@@ -271,7 +271,9 @@ def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) 
                 exit_code=5,
             )
         if info is not None:
-            accelerator = accelerator_of(workflow, entry.host or workflow.host)
+            made_for = "execution_provider" in technique.hardware
+            system = workflow.target if made_for else entry.host or workflow.host
+            accelerator = accelerator_of(workflow, system)
             for problem in _own_check(technique, info, entry, machine, accelerator):
                 if missing and problem.exit_code in (3, 5):  # what a missing library leads to
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,11 +35,11 @@ def check(
     Raises:
         PassFailed: the folder does not load or generate; the message has the end of what the program said.
     """
-    config = _check_files(after)
-    ids = probes(prompts, int(config["model"]["vocab_size"]), 1)[0]
+    vocabulary, context = _check_files(after)
+    ids = probes(prompts, vocabulary, 1)[0][: max(1, context - NEW_TOKENS)]
     answer = _generate(after, ids)
     made = answer["ids"]
-    if not made or not all(0 <= token < int(config["model"]["vocab_size"]) for token in made):
+    if not made or not all(0 <= token < vocabulary for token in made):
         _fail(f"the model generated {made!r}", "Export again; if it stays, use another precision.")
     figures = {
         "tokens": float(len(made)),
@@ -53,19 +54,21 @@ def _fail(message: str, fix: str) -> NoReturn:
     raise PassFailed(f"bundle gate: {message}", where="ModelBuilder", fix=fix)
 
 
-def _check_files(folder: Path) -> dict[str, Any]:
+def _check_files(folder: Path) -> tuple[int, int]:
+    """Vocabulary and context length; the folder is whole in itself."""
     for path in sorted(folder.rglob("*")):
         state = path.lstat()
         if path.is_symlink() or (path.is_file() and state.st_nlink > 1):
             _fail(f"{path.name} is a link", "The runtime refuses linked weights; write a copy.")
     try:
-        config: dict[str, Any] = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        _fail(f"no readable genai_config.json: {error}", "Export again.")
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        found = int(config["model"]["vocab_size"]), int(config["model"]["context_length"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _fail(f"no readable genai_config.json: {type(error).__name__}: {error}", "Export again.")
     for text in _strings(config):
         if Path(text).is_absolute() or text.startswith("..") or str(folder) in text:
             _fail(f"genai_config.json names {text!r}, which leaves the folder", "Export again.")
-    return config
+    return found
 
 
 def _strings(value: Any) -> list[str]:
@@ -101,7 +104,7 @@ def _generate(folder: Path, ids: list[int]) -> dict[str, Any]:
             )
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-_LINES:])
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
+        how = _signal(-done.returncode) if done.returncode < 0 else f"exit {done.returncode}"
         _fail(
             f"the folder does not load and generate in a clean process ({how}):\n{tail}",
             "Compare onnxruntime and onnxruntime-genai with the tested set (olive doctor).",
@@ -111,6 +114,11 @@ def _generate(folder: Path, ids: list[int]) -> dict[str, Any]:
     except (ValueError, IndexError) as error:
         _fail(f"the program's answer is not readable: {error}: {done.stdout[-200:]!r}", "Run again.")
     return answer
+
+
+def _signal(number: int) -> str:
+    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
+    return f"ended by signal {number}, {name}"
 
 
 def _size(folder: Path) -> int:

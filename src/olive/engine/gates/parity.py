@@ -27,11 +27,12 @@ _LIMITS = {
     "int8": (3e-1, 0.75),
     "int4": (2.0, 0.25),
 }
+_WHERE = "ModelBuilder"
 _FLAT, _SHARP = 0.995, 0.97
 _ANSWER, _STUCK = 16, 12
 _NEXT = {
     "int4": "Use is_symmetric false, block_size 16 or algo_config k_quant_mixed, or precision int8.",
-    "int8": "Use precision fp16 or fp32.",
+    "int8": "Use precision fp32, or fp16 where the execution provider runs it.",
 }
 _EXPORT = "Compare onnxruntime and onnxruntime-genai with the tested set: olive doctor."
 
@@ -53,18 +54,19 @@ def check(
     """
     from olive.models.hf import load_model
 
-    runtime = _Runtime(after, ctx.target.execution_provider)
-    chosen = probes(prompts, runtime.vocabulary, settings.prompts)
-    model = load_model(before.path, dtype="float32").eval()
+    config = _read_config(after)
+    chosen = probes(prompts, int(config["vocab_size"]), settings.prompts)
+    precision = str(ctx.attributes.get("precision", "fp32"))
+    # One model after the other, so that both are never in memory together.
+    model = load_model(before.path, dtype="float32")
     expected = torch_logits(model, chosen)
     source_answer = _answer_of_source(model, chosen[0])
     del model
     gc.collect()
-    if runtime.last_only(chosen[0]):
-        expected = [logits[-1:] for logits in expected]
+    _check_source(expected, int(config["vocab_size"]), precision)
+    runtime = _Runtime(after, config, ctx.target.execution_provider)
     found = compare(expected, chosen, runtime.logits)
     answer = runtime.answer(chosen[0], _ANSWER)
-    precision = str(ctx.attributes.get("precision", "fp32"))
     max_kl, min_top1 = _LIMITS.get(precision, _LIMITS["int4"])
     limits = {
         "kl": settings.max_kl or max_kl,
@@ -87,6 +89,20 @@ def check(
     return GateResult(gate="parity", passed=True, figures=figures, limits=limits, text=text)
 
 
+def _check_source(expected: list[torch.Tensor], vocabulary: int, precision: str) -> None:
+    if not all(bool(logits.isfinite().all()) for logits in expected):
+        raise PassFailed(
+            "parity gate: the source model itself gives NaN or infinity",
+            where=_WHERE,
+            fix="Look at the passes before this one; of a fine-tuning, lower the learning rate.",
+        )
+    if expected[0].shape[-1] != vocabulary:
+        _fail(
+            f"the exported model has a vocabulary of {vocabulary}, its source of {expected[0].shape[-1]}",
+            precision,
+        )
+
+
 def _judge(found: Comparison, limits: dict[str, float], precision: str) -> None:
     if found.bad:
         _fail(f"NaN or infinity at {found.bad} of {found.positions} positions", precision)
@@ -104,14 +120,16 @@ def _judge(found: Comparison, limits: dict[str, float], precision: str) -> None:
 def _fail(message: str, precision: str) -> NoReturn:
     raise PassFailed(
         f"parity gate: {message} (precision {precision})",
-        where="ModelBuilder",
+        where=_WHERE,
         fix=_NEXT.get(precision, _EXPORT),
     )
 
 
 def _does_not(what: str, error: Exception) -> PassFailed:
     return PassFailed(
-        f"parity gate: the exported model does not {what}: {error}", where="ModelBuilder", fix=_EXPORT
+        f"parity gate: the exported model does not {what}: {type(error).__name__}: {error}",
+        where=_WHERE,
+        fix=_EXPORT,
     )
 
 
@@ -152,13 +170,23 @@ def _ids(value: int | list[int] | None) -> set[int]:
     return set(value) if isinstance(value, list) else set() if value is None else {value}
 
 
-class _Runtime:
-    """The exported decoder in ONNX Runtime."""
+def _read_config(folder: Path) -> dict[str, Any]:
+    """``model`` of genai_config.json, with all that this gate reads of it."""
+    try:
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        decoder = config["decoder"]
+        _ = config["vocab_size"], decoder["filename"], decoder["head_size"], decoder["outputs"]["logits"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _does_not("have a readable genai_config.json", error) from error
+    return dict(config)
 
-    def __init__(self, folder: Path, provider: str) -> None:
+
+class _Runtime:
+    """The exported decoder in ONNX Runtime; ``config`` is what ``_read_config`` gives."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], provider: str) -> None:
         import onnxruntime
 
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         decoder = config["decoder"]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -171,20 +199,15 @@ class _Runtime:
         if self.session.get_providers()[0] != provider:
             raise PassFailed(
                 f"parity gate: asked for {provider}, the session runs on {self.session.get_providers()[0]}",
-                where="ModelBuilder",
+                where=_WHERE,
                 fix=f"Install an onnxruntime that brings {provider}, or change the target.",
             )
-        self.vocabulary = int(config["vocab_size"])
         self.stop = _ids(config.get("eos_token_id"))
         self._head_size = int(decoder["head_size"])
         self._outputs = [output.name for output in self.session.get_outputs()]
         self._logits = self._outputs.index(decoder["outputs"]["logits"])
         self._past = {i.name: i for i in self.session.get_inputs() if i.name.startswith("past")}
         self._names = {i.name for i in self.session.get_inputs()}
-
-    def last_only(self, ids: list[int]) -> bool:
-        """Whether the model gives the logits of the last position alone."""
-        return len(ids) > 1 and len(self.logits(ids)) == 1
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         """(positions, vocabulary) float32."""
@@ -229,7 +252,9 @@ class _Runtime:
         for name, value in self._past.items():
             if value.type not in kinds:
                 raise PassFailed(
-                    f"parity gate: cannot feed {name} of type {value.type}", where="ModelBuilder"
+                    f"parity gate: {name} is of type {value.type}, which cannot be fed from here",
+                    where=_WHERE,
+                    fix="Use precision fp16, or switch the gate off: gates.parity.enabled false.",
                 )
             heads = value.shape[1]
             empty[name] = np.zeros((1, heads, 0, self._head_size), dtype=kinds[value.type])
