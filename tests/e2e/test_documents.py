@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from e2e_helpers import olive
 
+from tiny import tiny_phi3
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "phi3-tone"
 BASE = EXAMPLE / "model-cache" / "microsoft" / "phi-3-mini"
 
@@ -118,3 +120,91 @@ def test_document_a_on_the_whole_data(tmp_path: Path) -> None:
     folder = workspace(tmp_path, rows=None)
     done = olive("run", "--config", "olive-config.json", cwd=folder, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def tiny_workspace(root: Path) -> Path:
+    """As ``workspace``, with a random Phi-3 of a few thousand weights in the base's place."""
+    folder = workspace(root, rows=130)
+    (folder / "model-cache" / "microsoft" / "phi-3-mini").unlink()
+    tiny_phi3(
+        folder / "model-cache" / "microsoft" / "phi-3-mini",
+        max_position_embeddings=4096,
+        original_max_position_embeddings=4096,
+    )
+    return folder
+
+
+def today() -> dict[str, Any]:
+    """Document C: the spelling of Olive 0.13."""
+    return {
+        "input_model": {
+            "type": "HfModel",
+            "model_path": "model-cache/microsoft/phi-3-mini",
+            "task": "text-generation",
+            "load_kwargs": {"trust_remote_code": True},
+        },
+        "data_configs": [
+            {
+                "name": "train",
+                "type": "HuggingfaceContainer",
+                "load_dataset_config": {
+                    "data_name": "json",
+                    "data_files": "dataset/dataset-classification.json",
+                    "split": "train",
+                },
+                "pre_process_data_config": {
+                    "text_cols": ["phrase", "tone"],
+                    "text_template": "### Text: {phrase}\n### The tone is:\n{tone}",
+                    "strategy": "join",
+                    "max_seq_len": 512,
+                },
+            }
+        ],
+        "systems": {"local_system": {"type": "LocalSystem", "accelerators": [{"device": "cpu"}]}},
+        "passes": {
+            "lora": {
+                "type": "LoRA",
+                "target_modules": ["o_proj", "qkv_proj"],
+                "r": 64,
+                "alpha": 64,
+                "train_data_config": "train",
+                "training_args": {"seed": 0, "max_steps": 10, "learning_rate": 0.0001},
+            },
+            "merge_adapter_weights": {"type": "MergeAdapterWeights"},
+            "builder": {"type": "ModelBuilder", "precision": "int4"},
+        },
+        "host": "local_system",
+        "target": "local_system",
+        "search_strategy": False,
+        "cache_dir": "cache",
+        "output_dir": "out",
+    }
+
+
+def test_document_b_runs(tmp_path: Path) -> None:
+    folder = tiny_workspace(tmp_path)
+    document = sibling_spellings(json.loads((folder / "olive-config.json").read_text()))
+    (folder / "b.json").write_text(json.dumps(document))
+    done = olive("run", "--config", "b.json", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = folder.parent / "model-cache" / "models" / "phi3-finetuned"
+    assert (out / "model" / "genai_config.json").is_file()
+    # one line a rewrite, and each once
+    notes = [line for line in done.stderr.splitlines() if "params_config" in line]
+    assert len(notes) == 1, done.stderr
+
+
+def test_document_c_runs_in_json_and_yaml(tmp_path: Path) -> None:
+    import yaml
+
+    folder = tiny_workspace(tmp_path)
+    (folder / "c.json").write_text(json.dumps(today()))
+    (folder / "c.yaml").write_text(yaml.safe_dump(today(), sort_keys=False))
+    done = olive("run", "--config", "c.json", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "is now" not in done.stderr + done.stdout
+    before = keys(folder / "out")
+    again = olive("run", "--config", "c.yaml", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert keys(folder / "out") == before
+    assert all(step["cached"] for step in json.loads((folder / "out" / "run.json").read_text())["steps"])
