@@ -78,7 +78,8 @@ def test_disk_free_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     ("device", "features", "gpus", "dtype"),
     [
         ("cpu", (), (), "float32"),
-        ("cpu", ("avx512_bf16",), (), "float32"),
+        ("cpu", ("avx2", "avx512f"), (), "float32"),
+        ("cpu", ("avx512_bf16",), (), "bfloat16"),
         ("cpu", ("amx_tile", "amx_bf16"), (), "bfloat16"),
         ("gpu", (), (gpu((7, 5)),), "float16"),
         ("gpu", (), (gpu((8, 0)),), "bfloat16"),

@@ -116,7 +116,11 @@ def test_dropout_mask_keeps_the_share_asked_for_and_follows_the_seed() -> None:
 
 @pytest.mark.parametrize("lengths", [(9,), (4, 4, 4), (5, 1, 60, 7, 58, 100), (100, 3), (2, 90, 80)])
 @pytest.mark.parametrize("window", [None, 6])
-def test_attention_stays_inside_documents(lengths: tuple[int, ...], window: int | None) -> None:
+@pytest.mark.parametrize("short", [0, 256], ids=["kernel", "whole"])
+def test_attention_stays_inside_documents(
+    lengths: tuple[int, ...], window: int | None, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_SHORT", short)
     torch.manual_seed(5)
     total, heads, key_heads, dim = sum(lengths), 4, 2, 8
 
@@ -141,6 +145,16 @@ def test_attention_stays_inside_documents(lengths: tuple[int, ...], window: int 
         torch.randn(total, key_heads, dim),
         torch.randn(total, key_heads, dim),
     )
+
+
+def test_attention_of_bfloat16_is_computed_in_float32() -> None:
+    torch.manual_seed(6)
+    q, k, v = (torch.randn(40, heads, 16).bfloat16() for heads in (4, 2, 2))
+    got = attention.attend(q, k, v, (30, 10), scale=None)
+    wanted = attention.attend(q.float(), k.float(), v.float(), (30, 10), scale=None)
+    assert got.dtype == torch.bfloat16
+    # one rounding of the result, 2^-9 of it
+    torch.testing.assert_close(got.float(), wanted, rtol=4e-3, atol=1e-4)
 
 
 def test_buckets_hold_like_lengths() -> None:

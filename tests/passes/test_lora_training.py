@@ -190,6 +190,20 @@ def test_losses_equal_plain_peft_one_row_at_a_time(tmp_path: Path, make: Any, pr
     assert ours[0] != ours[-1]
 
 
+def test_losses_in_bfloat16_follow_those_in_float32(tmp_path: Path) -> None:
+    base = tiny_phi3(tmp_path / "base")
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        folder.mkdir()
+        ctx = train(base, folder, data(rows(folder)), params(torch_dtype=dtype))
+        found[dtype] = [point["loss"] for point in ctx.series["loss"]]
+        # the factors are learnt in float32: steps of the optimizer are smaller than bfloat16 resolves
+        assert {str(tensor.dtype) for tensor in adapter(ctx).values()} == {"torch.float32"}
+    # activations of 8 bits of mantissa: 2^-8 a rounding
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=1e-2)
+
+
 def test_result_is_an_adapter_that_peft_loads_and_that_names_its_base(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -80,14 +80,18 @@ def test_a_half_precision_base_is_rounded_once(tmp_path: Path) -> None:
         assert torch.equal(found[name], value.to(torch.bfloat16)), name
 
 
-def test_the_dtype_is_that_of_training_else_of_the_base(tmp_path: Path) -> None:
+def test_the_dtype_is_the_wider_of_the_bases_and_that_of_training(tmp_path: Path) -> None:
     half = tmp_path / "half"
     base = tiny.tiny_phi3(tmp_path / "base")
     load_model(base, dtype="bfloat16").save_pretrained(half)
     adapter = make_adapter(base, tmp_path / "adapter")
-    for name, attributes, code in (("a", {}, "BF16"), ("b", {"dtype": "float32"}, "F32")):
+    for name, stored, attributes, code in (
+        ("a", half, {}, "BF16"),
+        ("b", half, {"dtype": "float32"}, "F32"),
+        ("c", base, {"dtype": "bfloat16"}, "F32"),
+    ):
         ctx = context(tmp_path / name)
-        MergeAdapterWeights().run(artifact(half, adapter, **attributes), MergeAdapterWeights.Params(), ctx)
+        MergeAdapterWeights().run(artifact(stored, adapter, **attributes), MergeAdapterWeights.Params(), ctx)
         info = describe(ctx.out)
         assert {dtype for dtype, _ in info.tensors.values()} == {code}
         spelt = {"BF16": "bfloat16", "F32": "float32"}[code]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from olive.config.base import Dtype
 from olive.errors import ConfigError, EnvironmentFault, UntrustedInput
-from olive.hardware.probe import installed
+from olive.hardware.probe import installed, probe
+from olive.hardware.products import choose_products
 from olive.hardware.tested import version_tuple
 from olive.models.artifact import Kind, ModelInfo
 from olive.models.tensors import read_header, read_tensors
@@ -181,6 +182,8 @@ def load_model(
     with _transformers() as transformers, _failures_typed(info):
         import torch
 
+        machine = probe()
+        choose_products(machine.cpu, machine.cpu_features)
         options: dict[str, Any] = {_dtype_argument(): getattr(torch, dtype), "low_cpu_mem_usage": True}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
+from olive.config.base import Dtype
 from olive.config.workflow import Accelerator
 from olive.evaluation.runners.base import Document, Runner, Tick, by_length
 from olive.hardware import probe
@@ -15,6 +16,14 @@ from olive.models.artifact import Artifact, Kind
 
 WINDOW = 512
 """Positions whose logits exist at one time: 100 MB at a vocabulary of 49,152 in float32."""
+
+
+def _dtype(model: Artifact, machine: Machine, accelerator: Accelerator) -> Dtype:
+    """The device's own dtype, but on a CPU no narrower than what the weights are stored in."""
+    stored = (model if model.base is None else model.base).path
+    if accelerator.device == "cpu" and any(code == "F32" for code, _ in hf.describe(stored).tensors.values()):
+        return "float32"
+    return probe.training_dtype(machine, accelerator.device)
 
 
 class PytorchRunner(Runner):
@@ -27,7 +36,7 @@ class PytorchRunner(Runner):
     """
 
     def __init__(self, model: Artifact, machine: Machine, accelerator: Accelerator) -> None:
-        dtype = probe.training_dtype(machine, accelerator.device)
+        dtype = _dtype(model, machine, accelerator)
         self.device = "cuda" if accelerator.device == "gpu" else "cpu"
         loaded: Any
         if model.kind is Kind.ADAPTER and model.base is not None:

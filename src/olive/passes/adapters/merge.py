@@ -43,8 +43,8 @@ class MergeAdapterWeights(Pass["MergeAdapterWeights.Params"]):
 
         dtype: Dtype | None = Field(
             None,
-            description="Dtype to store. Default: the dtype the adapter was trained in, so that nothing is "
-            "rounded away; for an adapter that does not say, the base's own.",
+            description="Dtype to store. Default: the wider of the base's own and the one the adapter was "
+            "trained in, so that nothing is rounded away.",
         )
 
     accepts = (Kind.ADAPTER,)
@@ -90,8 +90,9 @@ class MergeAdapterWeights(Pass["MergeAdapterWeights.Params"]):
                 "the adapter names no base model", where=_WHERE, fix="Set input_model.model_path to its base."
             )
         adapter = lora_weights.read(model.path)
-        dtype = params.dtype or model.attributes.get("dtype")
         with LazyTensors(model.base.path) as base, LazyTensors(model.path) as factors:
+            wide = any(base.code(name) in ("F32", "F64") for name in base)
+            dtype = params.dtype or ("float32" if wide else model.attributes.get("dtype"))
             check_fit(adapter, base.layout)
             config = _config(model.base.path, dtype)
             merger = _Merger(base, factors, adapter, dtype, config)
