@@ -77,7 +77,6 @@ def test_a_good_export_passes_parity(source: Path, exported: Path, tmp_path: Pat
     assert result.figures["kl"] < 1e-4
     assert result.figures["top1"] == 1
     assert result.figures["positions"] == sum(map(len, PROMPTS))
-    assert result.figures["same_answer"] == 1
 
 
 def test_the_document_can_ask_for_more(source: Path, exported: Path, tmp_path: Path) -> None:
@@ -178,7 +177,7 @@ def test_distances_against_a_plain_computation() -> None:
     torch.manual_seed(0)
     p, q = torch.randn(5, 7), torch.randn(5, 7)
     q[3, 2] = float("inf")
-    found = compare.compare([p], [[0]], lambda _: q)
+    found = compare.compare([p], [q])
     good = [0, 1, 2, 4]
     kl = torch.nn.functional.kl_div(
         q[good].log_softmax(-1), p[good].log_softmax(-1), log_target=True, reduction="none"
@@ -187,7 +186,7 @@ def test_distances_against_a_plain_computation() -> None:
     assert found.kl_max == pytest.approx(float(kl.max()), rel=1e-5)
     assert (found.positions, found.bad) == (5, 1)
     assert found.agreed == int((p[good].argmax(-1) == q[good].argmax(-1)).sum())
-    flat = compare.compare([torch.zeros(2, 7)], [[0]], lambda _: torch.zeros(2, 7))
+    flat = compare.compare([torch.zeros(2, 7)], [torch.zeros(2, 7)])
     assert (flat.flatness(0), flat.flatness(1)) == pytest.approx((1, 1))
 
 

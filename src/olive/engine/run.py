@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import Any
 
 from olive.config.workflow import Evaluator, PassEntry
 from olive.data.rows import is_local
+from olive.engine.gates.compare import References
 from olive.engine.keys import data_names, evaluation_parts, step_parts
 from olive.engine.output import MODEL
 from olive.engine.plan import Plan, accelerator_of, stored_artifact
@@ -20,14 +22,14 @@ from olive.engine.prompts import rendered_sample, sample_prompts
 from olive.engine.result import Finding, GateResult, RunResult, StepResult
 from olive.errors import InternalError, Problem, Severity, raise_errors
 from olive.evaluation.score import Score
-from olive.hardware.probe import peak_memory
+from olive.hardware.memory import peak_memory
 from olive.models.artifact import Artifact
 from olive.passes.base import PassContext, Progress
 from olive.passes.registry import resolve
 from olive.store.keys import key as make_key
 from olive.store.store import Entry, Store
 from olive.systems.job import Job
-from olive.systems.local import execute, failures_named, quiet_libraries
+from olive.systems.local import execute, failures_named, prepare_process
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class _Run:
     peak: int = 0
     findings: list[Problem] = field(default_factory=list)
     prompts: list[list[int]] | None = None
+    known: References = field(default_factory=References)
 
     @property
     def memo(self) -> Path:
@@ -55,7 +58,7 @@ def run(plan: Plan, progress: Progress) -> RunResult:
     raise_errors(plan.findings)
     if plan.model is None:
         raise InternalError("a plan without errors has no input model")
-    quiet_libraries()
+    prepare_process()
     if all(is_local(plan.workflow.data_config(name), plan.base_dir) for name in plan.previews):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with closing(Store(plan.store_root)) as store:
@@ -171,6 +174,7 @@ def _compute(
         }
         with failures_named(job.place, job.out):
             found = state.store.publish(staging, key, meta, parts)
+        state.known.moved(staging.path, found.path)
     journal.clear()
     return found
 
@@ -202,18 +206,26 @@ def _gates(state: _Run, job: Job, ctx: PassContext) -> list[GateResult]:
         "parity": parity.check,
         "bundle": bundle.check,
     }
-    results = []
+    asked = []
     for name in resolve(job.type).gates:
-        settings = getattr(state.plan.workflow.gates, name)
-        if not settings.enabled:
-            message = f"the {name} gate is switched off by the document"
-            state.findings.append(Problem(message, job.step, severity=Severity.WARNING))
+        if getattr(state.plan.workflow.gates, name).enabled:
+            asked.append(name)
             continue
-        state.progress.note(f"{name} gate")
-        if state.prompts is None:
-            state.prompts = sample_prompts(state.plan, state.plan.workflow.gates.parity.prompts)
-        results.append(checks[name](job.model, job.out, settings, ctx, state.prompts))
-    return results
+        message = f"the {name} gate is switched off by the document"
+        state.findings.append(Problem(message, job.step, severity=Severity.WARNING))
+    if asked and state.prompts is None:
+        state.prompts = sample_prompts(state.plan, state.plan.workflow.gates.parity.prompts)
+
+    def hold(name: str) -> GateResult:
+        settings = getattr(state.plan.workflow.gates, name)
+        return checks[name](job.model, job.out, settings, ctx, state.prompts, state.known)
+
+    # The second of two waits for a process of its own: both at once.
+    with ThreadPoolExecutor(1) as beside:
+        others = [beside.submit(hold, name) for name in asked[1:]]
+        for name in asked:
+            state.progress.note(f"{name} gate")
+        return [hold(name) for name in asked[:1]] + [other.result() for other in others]
 
 
 def _evaluate(state: _Run, evaluator: Evaluator, model: Artifact) -> tuple[Score, ...]:

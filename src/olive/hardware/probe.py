@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import os
 import platform
@@ -24,7 +23,6 @@ _FEATURES = (
     *("asimd", "asimdhp", "asimddp", "sve", "bf16", "i8mm"),
 )
 _UNLIMITED = 1 << 60
-_STATUS = Path("/proc/self/status")
 
 
 @cache
@@ -85,41 +83,6 @@ def matrix_rate(machine: Machine) -> float | None:
     """
     lanes = 8 if "avx2" in machine.cpu_features else 4 if "asimd" in machine.cpu_features else 0
     return machine.cores * machine.clock * lanes * 2 * 2 or None
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process, since ``reset_peak_memory`` where the system can reset it."""
-    try:
-        for line in _STATUS.read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def reset_peak_memory() -> None:
-    """Start a new peak from the present use; without effect where the system cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
-def release_memory() -> None:
-    """Give freed heap pages back to the system; without effect where the C library cannot."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        return
 
 
 def execution_providers(packages: Mapping[str, str], gpus: tuple[Gpu, ...], system: str) -> tuple[str, ...]:

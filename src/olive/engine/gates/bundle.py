@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from olive.config.workflow import BundleGate
 from olive.engine.gates import generate_once
-from olive.engine.gates.compare import probes
+from olive.engine.gates.compare import References, probes
 from olive.engine.result import GateResult
 from olive.errors import PassFailed
 from olive.models.artifact import Artifact
@@ -25,7 +25,12 @@ _SECONDS, _BYTES_A_SECOND = 120.0, 20e6
 
 
 def check(
-    before: Artifact, after: Path, settings: BundleGate, ctx: PassContext, prompts: list[list[int]]
+    before: Artifact,
+    after: Path,
+    settings: BundleGate,
+    ctx: PassContext,
+    prompts: list[list[int]],
+    known: References | None = None,
 ) -> GateResult:
     """Generate from ``after`` in a new interpreter.
 

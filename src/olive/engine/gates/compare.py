@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 LONGEST = 256
 _CELLS = 4 << 20  # logits compared at once
 _KEPT = 256 << 20  # bytes of reference logits held at once
+_BATCH = 128 << 20  # bytes of logits that one forward pass makes
+_REMEMBERED = 64 << 20  # bytes of logits held from one gate to the next
 
 
 @dataclass(slots=True)
@@ -84,32 +87,73 @@ class Comparison:
 def torch_logits(model: Any, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
     """Logits of a transformers model, one (positions, vocabulary) float32 tensor a prompt.
 
-    Of many or wide ones only the last positions of each prompt are kept, 256 MiB together.
+    Prompts go through together, filled up at their end, where no real token looks. Of many or wide ones only
+    the last positions of each prompt are kept, 256 MiB together.
     """
     import torch
 
     device = next(model.parameters()).device
-    found = []
+    found: list[torch.Tensor] = []
     with torch.inference_mode():
-        for ids in prompts:
-            logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+        for batch in _batches(prompts, int(model.config.get_text_config().vocab_size)):
+            longest = max(map(len, batch))
+            ids = torch.tensor([[*row, *row[-1:] * (longest - len(row))] for row in batch], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits
             kept = max(1, _KEPT // (4 * logits.shape[-1] * len(prompts)))
-            found.append(logits[-kept:].to("cpu", torch.float32, copy=True))
+            found += [
+                own[max(0, len(row) - kept) : len(row)].to("cpu", torch.float32, copy=True)
+                for own, row in zip(logits, batch, strict=True)
+            ]
     return found
+
+
+def _batches(prompts: Sequence[list[int]], vocabulary: int) -> Iterator[Sequence[list[int]]]:
+    """Runs of prompts whose logits, filled up, take at most 128 MiB; one alone may take more."""
+    rows = max(1, _BATCH // (4 * vocabulary))
+    start = 0
+    while start < len(prompts):
+        stop = start + 1
+        while stop < len(prompts) and (stop + 1 - start) * max(map(len, prompts[start : stop + 1])) <= rows:
+            stop += 1
+        yield prompts[start:stop]
+        start = stop
+
+
+class References:
+    """Logits of the model that a gate ran last, so that the next one need not load and run it again."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._prompts: list[list[int]] = []
+        self._logits: list[torch.Tensor] = []
+
+    def keep(self, folder: Path, prompts: list[list[int]], logits: list[torch.Tensor]) -> None:
+        """Remember float32 logits of the model in ``folder``, unless they are large."""
+        if sum(4 * part.numel() for part in logits) <= _REMEMBERED:
+            self._folder, self._prompts, self._logits = folder, prompts, logits
+
+    def moved(self, old: Path, new: Path) -> None:
+        """The model in ``old`` is in ``new`` now, unchanged."""
+        if self._folder == old:
+            self._folder = new
+
+    def take(self, folder: Path, prompts: list[list[int]]) -> list[torch.Tensor] | None:
+        """Hand over what is remembered of these prompts on this model; nothing is kept after that."""
+        found = self._logits if (self._folder, self._prompts) == (folder, prompts) else None
+        self.__init__()  # type: ignore[misc]
+        return found
 
 
 def compare(
     reference: Iterable[torch.Tensor],
-    prompts: Iterable[list[int]],
-    logits: Callable[[list[int]], torch.Tensor],
+    logits: Iterable[torch.Tensor],
 ) -> Comparison:
-    """Compare reference logits with those that ``logits`` gives for the same prompts.
+    """Compare logits prompt by prompt.
 
     Where one side has fewer positions (some models give the last one alone), the last ones are compared.
     """
     result = Comparison()
-    for expected, ids in zip(reference, prompts, strict=True):
-        found = logits(ids)
+    for expected, found in zip(reference, logits, strict=True):
         positions = min(len(expected), len(found))
         result.add(expected[-positions:], found[-positions:])
     return result

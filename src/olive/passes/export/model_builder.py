@@ -17,7 +17,7 @@ from olive.config.workflow import Accelerator
 from olive.data.plan import Preview
 from olive.errors import EnvironmentFault, PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
-from olive.hardware.probe import release_memory
+from olive.hardware.memory import release_memory
 from olive.hardware.tested import TESTED, version_tuple
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import copy_tokenizer, describe

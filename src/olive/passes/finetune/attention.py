@@ -186,7 +186,7 @@ class ShortAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """(count, length, heads, dim), two of (count, length, key heads, dim) -> (count, length, heads, dim)."""
+        """Query (count, length, heads, dim), key and value (count, length, key heads, dim) -> as query."""
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.window = scale, window
         q, k, v = (_stacked(x, key.shape[2]) for x in (query, key, value))
