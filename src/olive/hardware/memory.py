@@ -20,6 +20,11 @@ def collect_seldom() -> None:
     gc.set_threshold(max(_COLLECT_AFTER, gc.get_threshold()[0]), 20, 20)
 
 
+def exempt_libraries() -> None:
+    """Keep the collector from walking over what is alive now; to be called after imports, before data loads."""
+    gc.freeze()
+
+
 def peak_memory() -> int:
     """Peak resident bytes of this process, since ``reset_peak_memory`` where the system can reset it."""
     try:

@@ -24,6 +24,7 @@ from olive.models.hf import copy_tokenizer, describe
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.export import builder_source
 from olive.passes.export.k_quant import k_quant_in_parts
+from olive.passes.export.pages import pages_let_go
 from olive.passes.export.quiet import captured
 
 _DISTRIBUTIONS = ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml")
@@ -347,7 +348,7 @@ def _build(source: Path, out: Path, precision: str, provider: str, options: Mapp
             from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
             place = (None, str(source), str(out), precision, provider, str(scratch))
-            with _uninitialised_layers(), k_quant_in_parts():
+            with _uninitialised_layers(), k_quant_in_parts(), pages_let_go():
                 prepared = parse_extra_options(*place, [f"{name}={text}" for name, text in options.items()])
                 create_model(*place, **prepared)
         except ImportError as error:

@@ -264,9 +264,11 @@ def _model(model: Artifact, params: LoRA.Params, dtype: Dtype, ctx: PassContext)
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
+    from olive.hardware.memory import exempt_libraries
     from olive.models.hf import load_model
-    from olive.passes.finetune import attention
+    from olive.passes.finetune import attention, trainer  # noqa: F401 - all imports before the weights
 
+    exempt_libraries()
     if ctx.accelerator.device == "cpu":
         torch.set_num_threads(max(1, ctx.machine.cores))
     device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
