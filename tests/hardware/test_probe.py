@@ -113,8 +113,13 @@ def test_cpu_of_both_families(tmp_path: Path) -> None:
 
 
 def test_matrix_rate_is_that_of_the_multiply_add_units() -> None:
-    here = probe().model_copy(update={"cores": 4, "clock": 3e9, "cpu_features": ("avx2", "avx512f")})
+    changes = {"cpu": "Intel(R) Xeon(R)", "cores": 4, "clock": 3e9, "cpu_features": ("avx2", "avx512f")}
+    here = probe().model_copy(update=changes)
     assert matrix_rate(here) == 4 * 3e9 * 32
+    assert matrix_rate(here, "bfloat16") == 4 * 3e9 * 32
+    assert matrix_rate(here.model_copy(update={"cpu": "AMD EPYC 9B45"})) == 4 * 3e9 * 64
+    native = here.model_copy(update={"cpu_features": ("avx2", "avx512f", "avx512_bf16")})
+    assert matrix_rate(native, "bfloat16") == 4 * 3e9 * 96
     assert matrix_rate(here.model_copy(update={"clock": 0.0})) is None
     assert matrix_rate(here.model_copy(update={"cpu_features": ()})) is None
 

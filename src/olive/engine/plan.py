@@ -43,7 +43,7 @@ class PlannedStep:
         params: resolved, as JSON.
         host: name of the system it runs on.
         accelerator: the host's device and providers.
-        dtype: the dtype the device trains in natively.
+        dtype: the dtype it trains in; empty where the step trains nothing.
         key: cache key; None until the step before it has run.
         cached: the store holds its result.
         cost: expected memory, disk and time.
@@ -293,6 +293,12 @@ def _own_check(
         yield _defect(entry, "check", error)
 
 
+def _dtype(entry: PassEntry, machine: Machine, accelerator: Accelerator) -> str:
+    if "training_dtype" not in resolve(entry.type).hardware:
+        return ""
+    return getattr(entry.params, "torch_dtype", None) or training_dtype(machine, accelerator.device)
+
+
 def _estimate(
     entry: PassEntry,
     info: ModelInfo,
@@ -341,7 +347,7 @@ def _steps(
             params=entry.params.model_dump(mode="json"),
             host=host,
             accelerator=accelerator,
-            dtype=training_dtype(machine, accelerator.device),
+            dtype=_dtype(entry, machine, accelerator),
             key=step_key,
             cached=found is not None,
             cost=_estimate(entry, info, machine, previews, findings) if info else Cost(memory=0, disk=0),

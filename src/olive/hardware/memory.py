@@ -21,7 +21,7 @@ def collect_seldom() -> None:
 
 
 def exempt_libraries() -> None:
-    """Keep the collector from walking over what is alive now; to be called after imports, before data loads."""
+    """Keep the collector from walking over what is alive: to be called between imports and data."""
     gc.freeze()
 
 

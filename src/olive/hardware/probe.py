@@ -75,13 +75,18 @@ def training_dtype(machine: Machine, device: str) -> Dtype:
     return "bfloat16" if capability is not None and capability >= (8, 0) else "float16"
 
 
-def matrix_rate(machine: Machine) -> float | None:
-    """Float32 FLOP/s that this CPU's multiply-add units can do at its clock; None where that is not known.
+def matrix_rate(machine: Machine, dtype: Dtype = "float32") -> float | None:
+    """FLOP/s that this CPU's multiply-add units can do at its clock; None where that is not known.
 
-    Two units of 8 lanes with AVX2, two of 4 with Arm's ASIMD; AVX-512 counts as AVX2, since many
-    processors split its products or lower their clock.
+    Two units of 8 lanes with AVX2, two of 4 with Arm's ASIMD. AVX-512 counts double on AMD; on others it
+    counts as AVX2, since many split its products or lower their clock. Where bfloat16 is native, it counts
+    three times: twice the lanes in AVX-512 on any, and more with tiles.
     """
     lanes = 8 if "avx2" in machine.cpu_features else 4 if "asimd" in machine.cpu_features else 0
+    if machine.cpu.startswith("AMD") and "avx512f" in machine.cpu_features:
+        lanes *= 2
+    if dtype == "bfloat16" and training_dtype(machine, "cpu") == "bfloat16":
+        lanes = 24
     return machine.cores * machine.clock * lanes * 2 * 2 or None
 
 

@@ -15,6 +15,7 @@ from olive.config.workflow import Accelerator, DataConfig
 from olive.data.plan import Preview
 from olive.errors import ConfigError, PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
+from olive.hardware.probe import matrix_rate, training_dtype
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.finetune import arguments
@@ -77,12 +78,12 @@ class LoRA(Pass["LoRA.Params"]):
     accepts, produces = (Kind.HF,), Kind.ADAPTER
     extra = "cpu"
     libraries = ("torch", "transformers", "peft", "accelerate", "safetensors")
+    hardware = ("device", "training_dtype")
 
     def check(
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
         """Target modules exist, the dtype makes sense here, and evaluation data is named once."""
-        from olive.hardware.probe import training_dtype
         from olive.models.hf import linear_modules
 
         modules = dict(linear_modules(model))
@@ -114,16 +115,18 @@ class LoRA(Pass["LoRA.Params"]):
         self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
     ) -> Cost:
         """Weights, optimizer state, activations of a packed forward pass; 4 FLOPs a weight and token."""
-        width = _BYTES[params.torch_dtype or "float32"]
+        dtype = params.torch_dtype or training_dtype(machine, "cpu")
+        width, train = _BYTES[dtype], data.get(params.train_data_config)
         config = model.config
         hidden, layers = int(config.get("hidden_size", 1024)), int(config.get("num_hidden_layers", 24))
         inner = int(config.get("intermediate_size", 4 * hidden))
         adapter = _adapter_parameters(model, params)
-        activations = arguments.BUDGET["cpu"] * layers * (9 * hidden + 3 * inner) * width
+        at_once = max(arguments.BUDGET["cpu"], train.longest_block if train else 0)
+        activations = at_once * layers * (9 * hidden + 3 * inner) * width
         return Cost(
             memory=(600 << 20) + model.parameters * width + adapter * 16 + activations + (200 << 20),
             disk=adapter * 4 + 2 * adapter * 12,
-            seconds=_seconds(model, params, machine, adapter, data.get(params.train_data_config)),
+            seconds=_seconds(model, params, matrix_rate(machine, dtype), adapter, train),
         )
 
     def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:
@@ -189,12 +192,10 @@ def _adapter_parameters(model: ModelInfo, params: LoRA.Params) -> int:
 
 
 def _seconds(
-    model: ModelInfo, params: LoRA.Params, machine: Machine, adapter: int, train: Preview | None
+    model: ModelInfo, params: LoRA.Params, rate: float | None, adapter: int, train: Preview | None
 ) -> float | None:
     """Start-up and training on a CPU, at the share of its matrix rate that is usual; None when not known."""
-    from olive.hardware.probe import matrix_rate
-
-    rate, args = matrix_rate(machine), params.training_args
+    args = params.training_args
     if rate is None or train is None or not train.blocks:
         return None
     rows = int(args.get("per_device_train_batch_size", 1)) * int(args.get("gradient_accumulation_steps", 1))
@@ -218,8 +219,6 @@ def _linear_names(model: ModelInfo) -> set[str]:
 
 
 def _native(ctx: PassContext) -> Dtype:
-    from olive.hardware.probe import training_dtype
-
     return training_dtype(ctx.machine, ctx.accelerator.device)
 
 
