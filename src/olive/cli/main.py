@@ -27,6 +27,7 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
+    "finetune": Verb("finetune", "finetune", "fine-tune a model on a dataset, the document inferred"),
     "run": Verb("run", "run", "carry a workflow document out"),
     "plan": Verb("plan", "plan", "say what a run would do, and what would go wrong"),
     "chat": Verb("chat", "chat", "talk to the model in an output folder"),

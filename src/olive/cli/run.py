@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from olive.cli.arguments import Parser, add_document, document
+
+if TYPE_CHECKING:
+    from olive.workflows import Document
 
 
 def configure_run(parser: Parser) -> None:
@@ -18,13 +22,18 @@ def configure_run(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan the document, carry it out, say what came of it."""
+    return run_document(document(args), args)
+
+
+def run_document(source: Document, args: argparse.Namespace) -> int:
+    """The same for a document that is a file or a mapping."""
     from olive.errors import Problem, Severity, raise_errors
     from olive.report.console import problems, relative, summary
     from olive.workflows import carry_out, fetch, plan
 
     if args.download:
-        fetch(document(args))
-    planned = plan(document(args), output_dir=args.output_dir, cache_dir=args.cache_dir)
+        fetch(source)
+    planned = plan(source, output_dir=args.output_dir, cache_dir=args.cache_dir)
     warnings = [problem for problem in planned.findings if problem.severity.value != "error"]
     if warnings:
         print(problems(warnings), end="\n\n", file=sys.stderr, flush=True)

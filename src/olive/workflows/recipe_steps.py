@@ -1,0 +1,147 @@
+"""The steps of a fine-tuning recipe: train, merge, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from olive.config.workflow import Accelerator
+from olive.errors import Severity
+from olive.hardware.probe import probe
+from olive.models.artifact import ModelInfo
+
+Because = Callable[[str, str], None]
+
+
+class Method(NamedTuple):
+    """One way to fine-tune: its pass, whether it makes an adapter, and the usual learning rate."""
+
+    type: str
+    adapter: bool = True
+    learning_rate: float = 2e-4
+
+
+METHODS = {
+    "lora": Method("LoRA"),
+    "qlora": Method("QLoRA"),
+    "dora": Method("DoRA"),
+    "loha": Method("LoHa"),
+    "lokr": Method("LoKr"),
+    "full": Method("FullFinetune", adapter=False, learning_rate=2e-5),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user says; None is left to the recipe.
+
+    Attributes:
+        model: folder or hub id.
+        data: file, folder or hub name.
+        method: one of ``METHODS``.
+        eval_size: below 1 a share, from 1 on a number of rows, 0 for none.
+        precision: of the exported model; ``none`` exports nothing.
+        download: read a dataset of the hub that is not here.
+    """
+
+    model: str
+    data: str
+    method: str = "lora"
+    output_dir: str | None = None
+    cache_dir: str | None = None
+    template: str | None = None
+    text_cols: tuple[str, ...] = ()
+    split: str = "train"
+    eval_data: str | None = None
+    eval_size: float | None = None
+    epochs: float | None = None
+    max_steps: int | None = None
+    learning_rate: float | None = None
+    r: int | None = None
+    alpha: float | None = None
+    max_seq_len: int | None = None
+    precision: str = "int4"
+    device: str | None = None
+    seed: int | None = None
+    download: bool = False
+
+
+def steps(
+    request: Request, info: ModelInfo, device: str, evaluation: dict[str, Any], because: Because
+) -> dict[str, Any]:
+    """The passes of the document.
+
+    Args:
+        request: what the user says.
+        info: the model.
+        device: where it runs.
+        evaluation: the training step's settings that say what it is evaluated on; empty for nothing.
+        because: told every choice with its reason.
+    """
+    method = METHODS[request.method]
+    step: dict[str, Any] = {"type": method.type}
+    if method.adapter:
+        rank = 16 if request.r is None else request.r
+        alpha = 2 * rank if request.alpha is None else request.alpha
+        step |= {"r": rank, "alpha": alpha, "target_modules": ["all-linear"]}
+        if request.r is None or request.alpha is None:
+            because(f"r {rank}, alpha {alpha:g}", "usual; --r, --alpha")
+        because("target_modules all-linear", "every linear layer but the head learns better than a few")
+    step |= {"train_data_config": "train"} | evaluation
+    step["training_args"] = _training(request, method, bool(evaluation), because)
+    passes = {"finetune": step}
+    if method.adapter:
+        passes["merge"] = {"type": "MergeAdapterWeights"}
+    if request.precision != "none":
+        passes["export"] = {"type": "ModelBuilder", "precision": request.precision}
+    if request.precision == "int4":
+        passes["export"] |= _quantiser(info, device, because)
+    return passes
+
+
+def _training(request: Request, method: Method, evaluated: bool, because: Because) -> dict[str, Any]:
+    args: dict[str, Any] = {}
+    if request.seed is not None:
+        args["seed"] = request.seed
+    if request.max_steps is not None:
+        args["max_steps"] = request.max_steps
+    else:
+        epochs = 3 if request.epochs is None else request.epochs
+        args["num_train_epochs"] = int(epochs) if epochs == int(epochs) else epochs
+        if request.epochs is None:
+            because("num_train_epochs 3", "usual; --epochs, --max-steps")
+    args["learning_rate"] = request.learning_rate or method.learning_rate
+    if request.learning_rate is None:
+        because(f"learning_rate {method.learning_rate:g}", f"usual for {request.method}; --lr")
+    args["logging_steps"] = 0.05  # of all steps: 20 points of the curve
+    if evaluated:
+        args["eval_strategy"] = "epoch"
+    return args
+
+
+def _quantiser(info: ModelInfo, device: str, because: Because) -> dict[str, Any]:
+    """The most exact int4 that the model's widths allow; the pass itself says which do."""
+    from olive.passes.export.model_builder import ModelBuilder
+
+    accelerator = Accelerator(device="gpu" if device == "gpu" else "cpu")
+    sizes = (16, 32, 64, 128) if device == "cpu" else (32, 64, 128, 16)
+    choices: list[dict[str, Any]] = [
+        *({"algo_config": "k_quant_mixed", "block_size": size} for size in sizes),
+        {"algo_config": "rtn", "block_size": 32},
+    ]
+
+    def errors(choice: dict[str, Any]) -> int:
+        params = ModelBuilder.Params(precision="int4", **choice)
+        found = ModelBuilder().check(info, params, probe(), accelerator)
+        return sum(problem.severity is Severity.ERROR for problem in found)
+
+    chosen = min(choices, key=errors)
+    best = chosen is choices[0]
+    because(
+        f"algo_config {chosen['algo_config']}, block_size {chosen['block_size']}",
+        "the most exact int4 that the builder makes"
+        if best
+        else "the most exact that the model's widths allow",
+    )
+    return chosen
