@@ -164,9 +164,9 @@ def test_a_sharded_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "has only"),
         ({"init_lora_weights": "pissa_niter_4"}, "changed base"),
-        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": "VERA"}, "VERA"),
         ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from olive.config.base import Dtype
 from olive.errors import ConfigError, PassFailed
+from olive.models import seen
 from olive.models.artifact import Kind
 from olive.models.hf import describe, load_model
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_adapter(base_folder: Path, adapter_folder: Path, dtype: Dtype, device: str = "cpu") -> PeftModel:
-    """A base model with its adapter in place, unmerged, in evaluation mode.
+    """A base model, as the adapter's training saw it, with the adapter in place, unmerged, for evaluation.
 
     PEFT only warns when a tensor of the adapter finds no place; here every one must have been taken.
 
@@ -30,6 +31,8 @@ def load_adapter(base_folder: Path, adapter_folder: Path, dtype: Dtype, device: 
     from peft import PeftModel, get_peft_model_state_dict
 
     base = load_model(base_folder, dtype=dtype, device=device)
+    if (given := seen.read(adapter_folder)) is not None:
+        given.apply(base)
     try:
         model = PeftModel.from_pretrained(base, adapter_folder, torch_device=str(base.device))
     except (ValueError, RuntimeError, KeyError) as error:

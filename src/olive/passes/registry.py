@@ -14,6 +14,12 @@ from olive.passes.base import Pass
 
 _TABLE: dict[str, str] = {
     "LoRA": "olive.passes.finetune.lora:LoRA",
+    "QLoRA": "olive.passes.finetune.qlora:QLoRA",
+    "DoRA": "olive.passes.finetune.dora:DoRA",
+    "LoHa": "olive.passes.finetune.loha:LoHa",
+    "LoKr": "olive.passes.finetune.lokr:LoKr",
+    "LoftQ": "olive.passes.finetune.loftq:LoftQ",
+    "FullFinetune": "olive.passes.finetune.full:FullFinetune",
     "MergeAdapterWeights": "olive.passes.adapters.merge:MergeAdapterWeights",
     "ModelBuilder": "olive.passes.export.model_builder:ModelBuilder",
 }

@@ -200,8 +200,10 @@ def headline(result: RunResult) -> str:
     """What was done, in one sentence without a full stop."""
     parts = []
     for step in result.steps:
-        if step.type == "LoRA":
-            parts.append("fine-tuned with LoRA")
+        if step.type == "FullFinetune":
+            parts.append("fine-tuned")
+        elif "loss" in step.series:
+            parts.append(f"fine-tuned with {step.type}")
         elif step.type == "MergeAdapterWeights":
             parts.append("merged")
         elif step.type == "ModelBuilder":

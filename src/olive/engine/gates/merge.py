@@ -13,9 +13,10 @@ from olive.config.workflow import MergeGate
 from olive.engine.gates.compare import Comparison, References, compare, probes, torch_logits
 from olive.engine.result import GateResult
 from olive.errors import PassFailed
+from olive.models import seen
 from olive.models.artifact import Artifact
 from olive.passes.adapters import lora_weights
-from olive.passes.adapters.stream import LazyTensors
+from olive.passes.adapters.stream import LazyTensors, SeenTensors
 from olive.passes.base import PassContext
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class _Tally:
 def _check_tensors(adapter_folder: Path, base_folder: Path, merged_folder: Path) -> dict[str, float]:
     adapter = lora_weights.read(adapter_folder)
     with (
-        LazyTensors(base_folder) as base,
+        SeenTensors(base_folder, seen.read(adapter_folder)) as base,
         LazyTensors(adapter_folder) as factors,
         LazyTensors(merged_folder) as merged,
     ):
@@ -178,8 +179,14 @@ def _check_change(
     import torch
 
     delta, replaced = adapter.deltas.get(name), adapter.replaced.get(name)
+    product = adapter.products.get(name)
     start = factors[replaced] if replaced else original
-    if delta is None and _is_copy(adapter, name) and start.float().equal(original.float()):
+    if (
+        delta is None
+        and product is None
+        and _is_copy(adapter, name)
+        and start.float().equal(original.float())
+    ):
         if not value.equal(original.to(value.dtype)):
             _fail(f"{name} differs from the base and the adapter says it must not", _DEFECT)
         return
@@ -188,7 +195,9 @@ def _check_change(
     for rows in _blocks(original):
         base, got, wanted = original[rows].float(), value[rows].float(), start[rows].float()
         if delta is not None:
-            wanted = wanted + _product(factors, delta, rows, wanted.shape)
+            wanted = _changed(factors, delta, rows, wanted)
+        elif product is not None:
+            wanted = wanted + _rows_of_product(factors, product, rows)
         _check_finite(name, got)
         trained, stored = wanted - base, got - base
         changed |= bool(stored.any())
@@ -209,8 +218,10 @@ def _check_change(
             else "The adapter's B is zero there: train longer, or with a higher learning rate.",
         )
     if off:
+        plain = delta is not None and delta.magnitude is None
+        what = "scale times B A" if plain else "what was trained"
         _fail(
-            f"the change of {name} is not scale times B A: off by up to {worst:.3g}",
+            f"the change of {name} is not {what}: off by up to {worst:.3g}",
             "The base or the scale differs from the one merged with; merge this adapter again.",
         )
     kept = along / squares
@@ -226,16 +237,41 @@ def _check_change(
     tally.kept = min(tally.kept, kept)
 
 
-def _product(factors: LazyTensors, delta: lora_weights.Delta, rows: slice, shape: torch.Size) -> torch.Tensor:
-    """Those rows of ``scale B A``, by other code than the merge's."""
+def _changed(
+    factors: LazyTensors, delta: lora_weights.Delta, rows: slice, start: torch.Tensor
+) -> torch.Tensor:
+    """Those rows with ``scale B A`` and the trained length, by other code than the merge's."""
     a, b = factors[delta.a].float(), factors[delta.b].float()
     product = delta.scale * (a[:, rows].T @ b.T if delta.transposed else b[rows] @ a)
-    if product.shape != shape:
+    if product.shape != start.shape:
         _fail(
             f"the adapter was trained on another shape of {delta.target}",
             "Merge into the model the adapter was trained on.",
         )
-    return product
+    if delta.magnitude is None:
+        return start + product
+    whole = (start + product).double()
+    length = factors[delta.magnitude].view(-1)[rows, None].double()
+    return (whole * (length / whole.square().sum(1, keepdim=True).sqrt())).float()
+
+
+def _rows_of_product(factors: LazyTensors, product: lora_weights.Product, rows: slice) -> torch.Tensor:
+    """Those rows of ``scale`` times the product, by other code than the merge's."""
+    import torch
+
+    halves = []
+    for half in ("w1", "w2"):
+        names = [product.parts[part] for part in (half, f"{half}_a", f"{half}_b") if part in product.parts]
+        value = factors[names[0]].float()
+        halves.append(
+            value if len(names) == 1 else torch.einsum("ir,rj->ij", value, factors[names[1]].float())
+        )
+    first, second = halves
+    if product.kind == "hada":
+        return product.scale * first[rows] * second[rows]
+    numbers = torch.arange(first.shape[0] * second.shape[0])[rows]
+    outer, inner = first[numbers // second.shape[0]], second[numbers % second.shape[0]]
+    return product.scale * (outer[:, :, None] * inner[:, None, :]).flatten(1)
 
 
 def _is_copy(adapter: lora_weights.Adapter, name: str) -> bool:

@@ -16,11 +16,12 @@ from olive.config.workflow import Accelerator
 from olive.data.plan import Preview
 from olive.errors import OliveError, PassFailed, Problem
 from olive.hardware.machine import Machine
+from olive.models import seen
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import finish_folder, read_json
 from olive.models.tensors import INDEX, Tensors
 from olive.passes.adapters import lora_weights
-from olive.passes.adapters.stream import Layout, LazyTensors, stored_code, stored_dtype, write
+from olive.passes.adapters.stream import Layout, LazyTensors, SeenTensors, stored_code, stored_dtype, write
 from olive.passes.base import Cost, Pass, PassContext
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ _CODE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class MergeAdapterWeights(Pass["MergeAdapterWeights.Params"]):
-    """Fold LoRA weights into the base model (Hu et al., 2021, arXiv:2106.09685).
+    """Fold an adapter into the base model its training saw: LoRA, rsLoRA, DoRA, LoHa, LoKr.
 
-    Every tensor is streamed from the base to the result; a target becomes ``W + scale B A``, added up in
-    float32 and rounded once to the stored dtype. No model is built.
+    Every tensor is streamed from the base to the result; a target becomes ``W + scale B A`` (or what its
+    method makes of it), added up in float32 and rounded once to the stored dtype. Where training saw rounded
+    weights (QLoRA, LoftQ), W is what those stand for, in every layer that was rounded. No model is built.
     """
 
     class Params(PassParams):
@@ -90,7 +92,10 @@ class MergeAdapterWeights(Pass["MergeAdapterWeights.Params"]):
                 "the adapter names no base model", where=_WHERE, fix="Set input_model.model_path to its base."
             )
         adapter = lora_weights.read(model.path)
-        with LazyTensors(model.base.path) as base, LazyTensors(model.path) as factors:
+        with (
+            SeenTensors(model.base.path, seen.read(model.path)) as base,
+            LazyTensors(model.path) as factors,
+        ):
             wide = any(base.code(name) in ("F32", "F64") for name in base)
             dtype = params.dtype or ("float32" if wide else model.attributes.get("dtype"))
             check_fit(adapter, base.layout)
@@ -102,7 +107,7 @@ class MergeAdapterWeights(Pass["MergeAdapterWeights.Params"]):
         (ctx.out / "config.json").write_text(json.dumps(merger.config, indent=2) + "\n", encoding="utf-8")
         finish_folder(ctx.out, model.base.path)
         ctx.facts.update(
-            merged_tensors=len(adapter.deltas),
+            merged_tensors=len(adapter.deltas) + len(adapter.products),
             replaced_tensors=len(adapter.replaced),
             dtype=dtype or "as the base",
         )
@@ -131,18 +136,11 @@ def check_fit(adapter: lora_weights.Adapter, base: Tensors) -> None:
             where=_WHERE,
             fix=f"This adapter belongs to another model. The base has {', '.join(modules[:12])}.",
         )
-    for target, delta in adapter.deltas.items():
-        (rank, inputs), (outputs, other) = adapter.tensors[delta.a][1], adapter.tensors[delta.b][1]
-        wanted = (inputs, outputs) if delta.transposed else (outputs, inputs)
-        if rank != other:
+    for target in (*adapter.deltas, *adapter.products):
+        trained = lora_weights.shape_of(adapter, target)
+        if shapes[target] != trained:
             raise PassFailed(
-                f"{delta.a} has rank {rank} and {delta.b} has rank {other}",
-                where=_WHERE,
-                fix="The adapter is damaged: train it again, or copy it again.",
-            )
-        if shapes[target] != wanted:
-            raise PassFailed(
-                f"{target} of the base has shape {shapes[target]}, the adapter was trained on {wanted}",
+                f"{target} of the base has shape {shapes[target]}, the adapter was trained on {trained}",
                 where=_WHERE,
                 fix="This adapter belongs to another base: set input_model.model_path to the right one.",
             )
@@ -210,6 +208,11 @@ class _Merger:
         if delta is not None:
             value = value.to(torch.float32, copy=True)
             lora_weights.add_product(value, self.factors[delta.a], self.factors[delta.b], delta)
+            if delta.magnitude is not None:
+                lora_weights.change_length(value, self.factors[delta.magnitude])
+        elif (product := self.adapter.products.get(name)) is not None:
+            value = value.to(torch.float32, copy=True)
+            value += lora_weights.product_change(product, self.factors)
         return value.to(stored_dtype(self._layout(name)[0]))
 
 
@@ -217,7 +220,7 @@ def _unties(adapter: lora_weights.Adapter, base: LazyTensors, factors: LazyTenso
     """Whether a shared embedding and head must be stored apart to stay what was trained."""
     if _HEAD in base or _EMBEDDING not in base:
         return False
-    if not adapter.deltas.keys().isdisjoint(_PAIR):
+    if not (adapter.deltas.keys() | adapter.products.keys()).isdisjoint(_PAIR):
         return True
     if adapter.replaced.keys().isdisjoint(_PAIR):
         return False

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from olive.errors import InternalError, PassFailed
+from olive.models.seen import Seen
 from olive.models.tensors import read_header, weight_files
 
 if TYPE_CHECKING:
@@ -85,6 +86,23 @@ class LazyTensors:
     def code(self, name: str) -> str:
         """Dtype as safetensors names it (``F32``, ``BF16``, ...), from the header."""
         return self.layout[name][0]
+
+
+class SeenTensors(LazyTensors):
+    """The tensors of a base as an adapter's training saw them.
+
+    Args:
+        folder: of the base.
+        seen: what was done to it; None for nothing.
+    """
+
+    def __init__(self, folder: Path, seen: Seen | None) -> None:
+        super().__init__(folder)
+        self.seen = seen
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = super().__getitem__(name)
+        return stored if self.seen is None else self.seen.tensor(name, stored)
 
 
 def stored_code(code: str, dtype: str | None) -> str:

@@ -14,27 +14,35 @@ STATE = "state.pt"
 TRAINER_STATE = "trainer_state.json"
 
 
-def adapter_state(model: Any) -> dict[str, torch.Tensor]:
-    """The trained tensors by PEFT's names, on the CPU, each with its own memory."""
-    from peft import get_peft_model_state_dict
+def trained_state(model: Any) -> dict[str, torch.Tensor]:
+    """The trained tensors, an adapter's by PEFT's names, on the CPU, each with its own memory."""
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model)
+        state = get_peft_model_state_dict(model)
+    else:
+        state = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
-def load_adapter_state(model: Any, path: Path) -> None:
-    """Put the tensors of ``path`` into the active adapter, bit for bit."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
+def load_trained(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Undo ``trained_state``, bit for bit."""
+    if hasattr(model, "peft_config"):
+        from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(model, load_file(path))
+        set_peft_model_state_dict(model, state)
+        return
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
 
 
 def write(folder: Path, trainer: Any, best: dict[str, torch.Tensor] | None) -> None:
     """Everything that resuming needs, into ``folder``."""
     from safetensors.torch import save_file
 
-    save_file(adapter_state(trainer.model), folder / ADAPTER)
+    save_file(trained_state(trainer.model), folder / ADAPTER)
     if best is not None:
         save_file(best, folder / BEST)
     scaler = getattr(trainer.accelerator, "scaler", None)

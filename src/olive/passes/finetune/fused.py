@@ -8,6 +8,7 @@ Imported only where torch is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,14 +127,15 @@ class LoraLinear(torch.autograd.Function):
     """``x W^T + bias + scale * dropout(x) A^T B^T`` with W frozen (Hu et al. 2021, arXiv:2106.09685).
 
     ``keep`` is the dropout mask over the rows of x as bool, or None. Keeps the dropped x, the mask and the
-    (tokens, rank) product.
+    (tokens, rank) product. ``weight`` gives W; it is asked again in the backward, so that a quantised W is
+    never kept expanded.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: Callable[[], torch.Tensor],
         bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
@@ -143,26 +145,26 @@ class LoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         """Autograd's forward."""
         flat = x.reshape(-1, x.shape[-1])
-        out = functional.linear(flat, weight, bias)
+        out = functional.linear(flat, weight(), bias)
         if keep is not None:
             flat = keep.to(x.dtype).mul_(flat)
         low = functional.linear(flat, a.to(x.dtype))
         out.addmm_(low, b.to(x.dtype).t(), alpha=scale * grow)
-        ctx.save_for_backward(flat, weight, a, b, keep, low)
-        ctx.factor, ctx.shape = scale * grow, x.shape
+        ctx.save_for_backward(flat, a, b, keep, low)
+        ctx.weight, ctx.factor, ctx.shape = weight, scale * grow, x.shape
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Autograd's backward."""
-        flat, weight, a, b, keep, low = ctx.saved_tensors
+        flat, a, b, keep, low = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         down = (grad @ b.to(grad.dtype)).mul_(ctx.factor)
         into_b = (grad.t() @ low).mul_(ctx.factor).to(b.dtype)
         into_a = (down.t() @ flat).to(a.dtype)
         into_x = None
         if ctx.needs_input_grad[0]:
-            into_x = grad @ weight
+            into_x = grad @ ctx.weight()
             if keep is None:
                 into_x.addmm_(down, a.to(grad.dtype))
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from olive.passes.finetune import attention, fused
+from olive.passes.finetune.base_weights import QuantisedLinear, dense_weight
 
 _ATTENTION = {"Phi3Attention", "LlamaAttention", "MistralAttention", "Qwen2Attention"}
 _MLP = {"Phi3MLP", "LlamaMLP", "MistralMLP", "Qwen2MLP"}
@@ -135,7 +137,7 @@ def _lora(module: nn.Module) -> Callable[..., Any] | None:
     if (
         len(names) != 1
         or names[0] not in module.lora_A
-        or type(base) is not nn.Linear
+        or type(base) not in (nn.Linear, QuantisedLinear)
         or base.weight.requires_grad
     ):
         return None
@@ -154,6 +156,7 @@ def _lora(module: nn.Module) -> Callable[..., Any] | None:
         dropping = self.training and probability > 0
         keep = fused.random_keep(x.reshape(-1, x.shape[-1]), probability) if dropping else None
         grow = 65536 / (65536 - round(probability * 65536)) if dropping else 1.0
-        return fused.LoraLinear.apply(x, base.weight, base.bias, low.weight, high.weight, keep, scale, grow)
+        weight = partial(dense_weight, base)
+        return fused.LoraLinear.apply(x, weight, base.bias, low.weight, high.weight, keep, scale, grow)
 
     return forward

@@ -183,7 +183,7 @@ class PackedTrainer(Trainer):
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
         better = bool(super()._determine_best_metric(metrics, trial))
         if better and self.args.load_best_model_at_end:
-            self.best = checkpoints.adapter_state(self.model)
+            self.best = checkpoints.trained_state(self.model)
         return better
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -199,11 +199,11 @@ class PackedTrainer(Trainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        checkpoints.load_adapter_state(self.model, folder / checkpoints.ADAPTER)
-        if (folder / checkpoints.BEST).exists():
-            from safetensors.torch import load_file
+        from safetensors.torch import load_file
 
+        folder = Path(resume_from_checkpoint)
+        checkpoints.load_trained(self.model, load_file(folder / checkpoints.ADAPTER))
+        if (folder / checkpoints.BEST).exists():
             self.best = load_file(folder / checkpoints.BEST)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -237,9 +237,7 @@ class PackedTrainer(Trainer):
         else:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
         if self.args.load_best_model_at_end and self.best is not None:
-            from peft import set_peft_model_state_dict
-
-            set_peft_model_state_dict(self.model, self.best)
+            checkpoints.load_trained(self.model, self.best)
         return int(self.state.global_step)
 
 

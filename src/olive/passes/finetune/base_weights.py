@@ -1,0 +1,145 @@
+"""A base whose linear layers are rounded before training. Imported only where torch already is.
+
+The codes are this project's own (``olive.quantization.blockwise``), the same on every device; on CUDA they
+are expanded by the kernels of bitsandbytes. Where memory is plenty, the expanded weights are kept instead:
+the numbers are the same, and nothing is expanded in every product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from olive.models.seen import Seen
+from olive.passes.adapters.stream import LazyTensors
+from olive.quantization.blockwise import (
+    Quantised,
+    block_scales,
+    codes_of,
+    dequantise,
+    dynamic_codes,
+    quantise,
+)
+
+
+class QuantisedLinear(nn.Linear):
+    """A frozen linear layer that holds its weight in 4 or 8 bits.
+
+    Args:
+        value: the quantised (out, in) weight.
+        bias: (out,) or None.
+        dtype: what the weight is expanded to.
+    """
+
+    def __init__(self, value: Quantised, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = value.shape
+        self.value, self.dtype = value, dtype
+        # the codes are the weight, so that whoever asks for its device is told
+        self.weight = nn.Parameter(value.codes, requires_grad=False)
+        frozen = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+        self.register_parameter("bias", frozen)
+        self._state: Any = None
+
+    def dense(self) -> torch.Tensor:
+        """The (out, in) weight, expanded."""
+        if self.weight.device.type != "cuda" or self.value.scheme.kind == "int8":
+            return dequantise(self.value, self.dtype)
+        if self._state is None:
+            self._state = _state(self.value, self.dtype)
+        from bitsandbytes.functional import dequantize_4bit
+
+        expanded: torch.Tensor = dequantize_4bit(self.value.codes.view(-1, 1), self._state)
+        return expanded
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``input W^T + bias``."""
+        return nn.functional.linear(input, self.dense().to(input.dtype), self.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantisedLinear:
+        """Follow the model to another device; scales keep their dtype whatever the model is cast to."""
+        device = fn(torch.empty(0, device=self.weight.device)).device
+        if device != self.weight.device:
+            self.value, self._state = self.value.to(device), None
+            self.weight.data = self.value.codes
+        if self.bias is not None:
+            self.bias.data = fn(self.bias.data)
+        return self
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer, expanded where it is quantised."""
+    return layer.dense() if isinstance(layer, QuantisedLinear) else layer.weight  # type: ignore[return-value]
+
+
+def quantise_base(
+    model: Any, folder: Path, seen: Seen, *, dtype: torch.dtype, device: str, keep_expanded: bool
+) -> None:
+    """Round the linear layers of ``model`` that ``seen`` names, from the weights stored in ``folder``.
+
+    Args:
+        model: loaded on the CPU.
+        folder: its folder; weights are rounded from what is stored, not from what the model was cast to.
+        seen: which layers, and how.
+        dtype: of the expanded weights.
+        device: where the codes are made and stay.
+        keep_expanded: hold expanded weights instead of codes.
+    """
+    with LazyTensors(folder) as stored, torch.no_grad():
+        for name in sorted(seen.modules):
+            layer = model.get_submodule(name)
+            weight = stored[f"{name}.weight"].to(device).float()
+            if (factors := seen.initial.get(name)) is not None:
+                weight = weight - factors[1].to(device) @ factors[0].to(device)
+            value = quantise(weight, seen.scheme)
+            if keep_expanded:
+                layer.weight = nn.Parameter(dequantise(value, dtype), requires_grad=False)
+            else:
+                parent, _, last = name.rpartition(".")
+                setattr(model.get_submodule(parent), last, QuantisedLinear(value, layer.bias, dtype))
+
+
+def linear_names(model: Any, spared: Iterable[str] = (), *, quantised: bool = False) -> list[str]:
+    """Names of the linear layers but the head and those whose name ends in ``spared``.
+
+    Args:
+        model: a causal language model.
+        spared: ends of names.
+        quantised: also those that are quantised already.
+    """
+    head, kinds = model.get_output_embeddings(), (nn.Linear, QuantisedLinear) if quantised else (nn.Linear,)
+    ends = tuple(spared)
+    return [
+        name
+        for name, layer in model.named_modules()
+        if type(layer) in kinds
+        and layer is not head
+        and not any(name == end or name.endswith(f".{end}") for end in ends)
+    ]
+
+
+def _state(value: Quantised, dtype: torch.dtype) -> Any:
+    """What bitsandbytes calls the state of ``value``."""
+    from bitsandbytes.functional import QuantState
+
+    device = value.codes.device
+    common = {
+        "shape": torch.Size(value.shape),
+        "code": codes_of(value.scheme.kind, str(device)),
+        "blocksize": value.scheme.block,
+        "quant_type": value.scheme.kind,
+        "dtype": dtype,
+    }
+    if value.outer is None or value.offset is None:
+        return QuantState(absmax=block_scales(value), **common)
+    outer = QuantState(
+        absmax=value.outer,
+        code=torch.tensor(dynamic_codes(), device=device),
+        blocksize=256,
+        dtype=torch.float32,
+    )
+    return QuantState(absmax=value.scales, offset=value.offset, state2=outer, **common)

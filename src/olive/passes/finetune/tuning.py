@@ -1,0 +1,335 @@
+"""What every way of fine-tuning shares: data, dtype, training, checkpoints, facts. Methods say the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from pydantic import Field
+
+from olive.config.base import Dtype, PassParams
+from olive.config.workflow import Accelerator, DataConfig
+from olive.data.plan import Preview
+from olive.errors import ConfigError, PassFailed, Problem, Severity
+from olive.hardware.machine import Machine
+from olive.hardware.probe import matrix_rate, training_dtype
+from olive.models.artifact import Artifact, Kind, ModelInfo
+from olive.passes.base import Cost, Pass, PassContext
+from olive.passes.finetune import arguments
+from olive.passes.finetune.targets import adapted, check_targets, targets
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+_USUAL_SHARE = 0.6  # of the nominal matrix rate that training reaches
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class TuningParams(PassParams):
+    """Settings of every fine-tuning pass; names of Olive 0.13."""
+
+    target_modules: tuple[str, ...] | str | None = Field(
+        None,
+        description="Linear layers to adapt: ends of their names, one regular expression for the whole name, "
+        "or all-linear; default by architecture.",
+    )
+    modules_to_save: tuple[str, ...] | None = Field(
+        None, description="Layers trained in full and saved whole."
+    )
+    layers_to_transform: tuple[int, ...] | None = Field(
+        None, description="Numbers of the layers to adapt; default: all."
+    )
+    torch_dtype: Dtype | None = Field(
+        None, description="Dtype of the base; default: what the device does natively."
+    )
+    train_data_config: str = Field(
+        description="Data to train on.", json_schema_extra={"reference": "data_configs"}
+    )
+    eval_data_config: str | None = Field(
+        None, description="Data to evaluate on.", json_schema_extra={"reference": "data_configs"}
+    )
+    eval_dataset_size: float | None = Field(
+        None, ge=0, description="Rows split off for evaluation: below 1 a share, from 1 on a number."
+    )
+    training_args: dict[str, Any] = Field(
+        default_factory=dict, description="Any field of transformers' TrainingArguments."
+    )
+
+
+P = TypeVar("P", bound=TuningParams)
+
+
+class Tuning(Pass[P]):
+    """Base of the fine-tuning passes. A method overrides at most the functions below ``run``."""
+
+    accepts: ClassVar[tuple[Kind, ...]] = (Kind.HF, Kind.ADAPTER)
+    produces: ClassVar[Kind] = Kind.ADAPTER
+    extra = "cpu"
+    libraries = ("torch", "transformers", "peft", "accelerate", "safetensors")
+    hardware = ("device", "training_dtype")
+    needs_targets: ClassVar[bool] = True
+
+    def check(
+        self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
+    ) -> Iterable[Problem]:
+        """Target modules exist, the dtype makes sense here, and evaluation data is named once."""
+        from olive.models.hf import linear_modules
+
+        modules = dict(linear_modules(model))
+        if self.needs_targets:
+            yield from check_targets(model, params.target_modules, params.layers_to_transform, modules)
+        native = training_dtype(machine, accelerator.device)
+        if params.torch_dtype is not None and params.torch_dtype != native:
+            slow = accelerator.device == "cpu" or params.torch_dtype == "bfloat16"
+            if slow and _BYTES[params.torch_dtype] < _BYTES[native]:
+                yield Problem(
+                    f"torch_dtype {params.torch_dtype} has no native units on {machine.cpu or 'this CPU'}",
+                    fix=f"leave torch_dtype out; {native} is used then",
+                    severity=Severity.WARNING,
+                )
+        if params.eval_data_config and params.eval_dataset_size:
+            yield Problem(
+                "both eval_data_config and eval_dataset_size are given: nothing is split off",
+                fix="remove one of them",
+                severity=Severity.WARNING,
+            )
+        for flag in ("bf16", "fp16"):
+            if params.training_args.get(flag) and accelerator.device == "cpu" and native == "float32":
+                yield Problem(
+                    f"training_args.{flag} casts at every layer, and this CPU has no units for it: slow",
+                    fix="remove it",
+                    severity=Severity.WARNING,
+                )
+
+    def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
+        """Weights, optimizer state, activations of a packed forward pass; 4 FLOPs a weight and token."""
+        dtype = params.torch_dtype or training_dtype(machine, "cpu")
+        width, train = _BYTES[dtype], data.get(params.train_data_config)
+        trained, base = self.trained_parameters(model, params), self.base_bytes(model, params, width)
+        config = model.config
+        hidden, layers = int(config.get("hidden_size", 1024)), int(config.get("num_hidden_layers", 24))
+        inner = int(config.get("intermediate_size", 4 * hidden))
+        at_once = max(arguments.BUDGET["cpu"], train.longest_block if train else 0)
+        activations = at_once * layers * (9 * hidden + 3 * inner) * width
+        return Cost(
+            memory=(800 << 20) + base + trained * 16 + activations,
+            disk=trained * 4 + 2 * trained * 12,
+            seconds=_seconds(model, params, matrix_rate(machine, dtype), trained, train),
+        )
+
+    def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
+        """Train, and write the adapter into ``ctx.out``."""
+        began = time.perf_counter()
+        train, held_out = _blocks(model, params, ctx)
+        dtype = self.dtype_of(params, ctx)
+        tuned = self.prepare(model, params, dtype, ctx)
+        curve, steps = _train(tuned, self.arguments(params, ctx), ctx, dtype, train, held_out)
+        self.save(tuned, model, params, ctx)
+        ctx.series["loss"] = curve.points
+        ctx.facts |= {
+            "method": type(self).__name__,
+            "dtype": dtype,
+            "trainable_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+            "blocks": len(train),
+            "eval_blocks": len(held_out),
+            "steps": steps,
+            "tokens": curve.tokens,
+            "training_seconds": round(curve.seconds, 3),
+            "seconds": round(time.perf_counter() - began, 3),
+            "tokens_per_second": round(curve.tokens / curve.seconds, 1) if curve.seconds else 0.0,
+        }
+        ctx.attributes["dtype"] = dtype
+
+    def dtype_of(self, params: P, ctx: PassContext) -> Dtype:
+        """Dtype of the base's weights."""
+        return params.torch_dtype or training_dtype(ctx.machine, ctx.accelerator.device)
+
+    def arguments(self, params: P, ctx: PassContext) -> dict[str, Any]:
+        """The document's ``training_args``, with what the method needs."""
+        return params.training_args
+
+    def peft_config(self, params: P, modules: list[str] | str) -> PeftConfig:
+        """PEFT's description of the adapter; ``modules`` is what PEFT takes as ``target_modules``."""
+        raise NotImplementedError
+
+    def parameters_of(self, params: P, rows: int, columns: int) -> int:
+        """Numbers trained for a linear layer of (rows, columns)."""
+        raise NotImplementedError
+
+    def trained_parameters(self, model: ModelInfo, params: P) -> int:
+        """Numbers trained in all."""
+        layers = adapted(model, params.target_modules, params.layers_to_transform)
+        return sum(self.parameters_of(params, *shape) for _, shape in layers)
+
+    def base_bytes(self, model: ModelInfo, params: P, width: int) -> int:
+        """Bytes of the base in memory, ``width`` bytes a number."""
+        return model.parameters * width
+
+    def load_base(self, folder: Path, params: P, dtype: Dtype, ctx: PassContext) -> PreTrainedModel:
+        """The base on the device, with the packed attention."""
+        from olive.models.hf import load_model
+        from olive.passes.finetune import attention
+
+        device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
+        return load_model(folder, dtype=dtype, device=device, attn_implementation=attention.register())
+
+    def prepare(self, model: Artifact, params: P, dtype: Dtype, ctx: PassContext) -> Any:
+        """The model to train: a base with fresh adapters, or with those of ``model`` to go on from."""
+        import torch
+        from transformers import set_seed
+
+        from olive.hardware.memory import exempt_libraries
+        from olive.passes.finetune import trainer  # noqa: F401 - all imports before the weights
+
+        exempt_libraries()
+        if ctx.accelerator.device == "cpu":
+            torch.set_num_threads(max(1, ctx.machine.cores))
+        given = model if model.base is None else model.base
+        base = self.load_base(given.path, params, dtype, ctx)
+        set_seed(int(params.training_args.get("seed", 42)))
+        return self.adapt(base, model, params)
+
+    def adapt(self, base: PreTrainedModel, model: Artifact, params: P) -> Any:
+        """``base`` with its adapters."""
+        from peft import PeftModel, get_peft_model
+
+        from olive.passes.finetune.base_weights import linear_names
+
+        names = {name.rpartition(".")[2] for name in linear_names(base, quantised=True)}
+        modules = targets(base.config.to_dict(), params.target_modules, names)
+        try:
+            if model.base is not None:
+                return PeftModel.from_pretrained(base, model.path, is_trainable=True)
+            return get_peft_model(base, self.peft_config(params, modules))
+        except ValueError as error:
+            raise ConfigError(
+                f"the adapter does not fit the model: {error}", fix="correct target_modules"
+            ) from error
+
+    def save(self, tuned: Any, model: Artifact, params: P, ctx: PassContext) -> None:
+        """Write the adapter, naming its base by the folder's name; nothing needs that name to load it."""
+        given = model if model.base is None else model.base
+        for config in tuned.peft_config.values():
+            config.base_model_name_or_path = given.path.name
+            config.inference_mode = True
+        tuned.save_pretrained(str(ctx.out), safe_serialization=True, save_embedding_layers=False)
+        (ctx.out / "README.md").unlink(missing_ok=True)
+        if not (ctx.out / "adapter_model.safetensors").exists():
+            raise PassFailed(
+                "PEFT wrote no adapter_model.safetensors", fix="Install a tested version of peft."
+            )
+
+
+def _seconds(
+    model: ModelInfo, params: TuningParams, rate: float | None, adapter: int, train: Preview | None
+) -> float | None:
+    """Start-up and training on a CPU, at the share of its matrix rate that is usual; None when not known."""
+    args = params.training_args
+    if rate is None or train is None or not train.blocks:
+        return None
+    rows = int(args.get("per_device_train_batch_size", 1)) * int(args.get("gradient_accumulation_steps", 1))
+    steps = int(args.get("max_steps", -1))
+    seen = steps * rows if steps > 0 else float(args.get("num_train_epochs", 3)) * train.blocks
+    # a head sees only the tokens with a label; its weights are in no layer
+    head = int(model.config.get("vocab_size", 0)) * int(model.config.get("hidden_size", 0))
+    tied = bool(model.config.get("tie_word_embeddings"))
+    inner = model.parameters - head * (1 if tied else 2) + adapter
+    labelled = train.trained_tokens / max(1, train.tokens)
+    tokens = seen * train.tokens / train.blocks
+    return 8 + tokens * 4 * (inner + labelled * head) / (_USUAL_SHARE * rate)
+
+
+def _data(ctx: PassContext, name: str) -> DataConfig:
+    if name not in ctx.data:
+        raise ConfigError(
+            f"there is no data config called {name!r}", fix=f"there are: {', '.join(ctx.data) or 'none'}"
+        )
+    return ctx.data[name]
+
+
+def _blocks(model: Artifact, params: TuningParams, ctx: PassContext) -> tuple[list[Any], list[Any]]:
+    """Blocks to train on, and blocks to evaluate on."""
+    from olive.data import blocks, rows, split, tokens
+
+    tokenizer = tokens.load(model.path if model.base is None else model.base.path)
+    seed = split.split_seed(params.training_args)
+    config = _data(ctx, params.train_data_config)
+    pre = config.pre_process_data_config
+    train = rows.read(config, ctx.base_dir)
+    held_out, held_pre = [], pre
+    if params.eval_data_config:
+        other = _data(ctx, params.eval_data_config)
+        held_out, held_pre = rows.read(other, ctx.base_dir), other.pre_process_data_config
+    elif params.eval_dataset_size:
+        train, held_out = split.split_rows(train, params.eval_dataset_size, seed, pre)
+    made = blocks.build(train, pre, tokenizer, seed)
+    for note in made.notes:
+        ctx.progress.note(str(note))
+    ctx.facts |= {"rows": made.rows, "block_tokens": made.tokens, "label_tokens": made.trained_tokens}
+    if not made.trained_tokens:
+        raise ConfigError(
+            f"none of the {made.tokens} tokens in {len(made)} blocks has a label: nothing would be learnt",
+            fix="check train_on and the template's last field, or raise max_seq_len",
+        )
+    return list(made), list(blocks.build_held_out(held_out, held_pre, tokenizer, seed)) if held_out else []
+
+
+def _train(
+    tuned: Any, given: dict[str, Any], ctx: PassContext, dtype: str, train: list[Any], held_out: list[Any]
+) -> tuple[Any, int]:
+    """Train, or go on from the newest checkpoint; returns the curve and the number of optimizer steps."""
+    import tempfile
+
+    from olive.passes.finetune import patch
+    from olive.passes.finetune.batches import Blocks
+    from olive.passes.finetune.trainer import Curve, PackedTrainer, install_loss
+
+    device = ctx.accelerator.device
+    curve = Curve()
+    with tempfile.TemporaryDirectory() as scratch:
+        known, notes = arguments.prepare(
+            given, folder=Path(scratch), dtype=dtype, device=device, has_eval=bool(held_out)
+        )
+        for note in notes:
+            ctx.progress.note(note)
+        args = arguments.build(known)
+        ctx.facts["micro_batch"] = _fuse(args, train, held_out, device)
+        causal = tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned
+        ctx.facts["fused_head"] = install_loss(causal)
+        ctx.facts["fused_layers"] = patch.patch(tuned)
+        trainer = PackedTrainer(
+            tuned,
+            args,
+            Blocks(train),
+            Blocks(held_out) if held_out else None,
+            journal=ctx.journal,
+            progress=ctx.progress,
+            curve=curve,
+            save_seconds=60.0 if arguments.timed_saves(given) else None,
+        )
+        steps = trainer.run(ctx.journal.newest())
+        ctx.facts["checkpoints"] = [str(finding) for finding in ctx.journal.findings]
+    patch.unpatch(tuned)
+    return curve, steps
+
+
+def _fuse(args: Any, train: list[Any], held_out: list[Any], device: str) -> dict[str, int]:
+    """Re-cut the optimizer step into forward passes that fill the token budget."""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    given = args.per_device_train_batch_size
+    budget = arguments.BUDGET["cpu" if device == "cpu" else "gpu"]
+    if not args.dataloader_drop_last and not args.auto_find_batch_size:
+        size = arguments.micro_batch([len(block.ids) for block in train], rows, budget)
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = size, rows // size
+    if held_out:
+        mean = sum(len(block.ids) for block in held_out) / len(held_out)
+        args.per_device_eval_batch_size = max(1, int(budget // mean))
+    return {
+        "rows": args.per_device_train_batch_size,
+        "accumulation_steps": args.gradient_accumulation_steps,
+        "rows_given": given,
+        "rows_of_a_step": rows,
+    }
