@@ -358,3 +358,23 @@ def test_search_values_in_a_pass() -> None:
     assert "searched" in problem.message
     loaded = load_document(changed(DOCUMENT_C, "passes/lora/r", "DEFAULT_VALUE"))
     assert "r" not in loaded.document["passes"]["lora"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format": "alpaca", "text_template": "{a}{b}"}, "both `format` and `text_template`"),
+        ({"train_on": "assistant", "text_template": "{a}{b}"}, "`train_on: assistant` needs chat turns"),
+        ({"format": "chatml"}, '"chatml" is none of auto, messages, sharegpt, alpaca, prompt-completion'),
+    ],
+)
+def test_a_format_that_contradicts(settings: dict[str, Any], message: str) -> None:
+    document = changed(DOCUMENT_C, "data_configs/0/pre_process_data_config", settings)
+    assert any(problem.message.startswith(message) for problem in refused(document))
+
+
+def test_a_format_needs_no_template() -> None:
+    for settings in ({"format": "auto", "train_on": "completion"}, {"train_on": "assistant"}, {}):
+        loaded = load_document(changed(DOCUMENT_C, "data_configs/0/pre_process_data_config", settings))
+        pre = loaded.workflow.data_configs[0].pre_process_data_config
+        assert (pre.format, pre.train_on) == (settings.get("format"), settings.get("train_on"))

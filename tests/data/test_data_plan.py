@@ -11,6 +11,7 @@ from olive.data.plan import preview
 from olive.data.split import split_rows
 from olive.data.tokens import load
 from olive.errors import ConfigError, Severity
+from olive.report import console
 from tiny import tiny_tokenizer
 
 TONE = "### Text: {phrase}\n### The tone is:\n{tone}"
@@ -92,3 +93,67 @@ def test_a_hub_dataset_is_left_to_the_run(folder: Path) -> None:
         config({"data_name": "some/hub", "data_files": None, "revision": "a" * 40}), folder, folder
     )
     assert [problem.severity for problem in pinned.problems] == [Severity.NOTE]
+
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def chats(folder: Path, rows: list[dict[str, Any]], **pre: Any) -> DataConfig:
+    (folder / "chat.json").write_text(json.dumps(rows))
+    tiny_tokenizer(folder, chat_template=CHAT)
+    load_settings = {"data_name": "json", "split": "train", "data_files": "chat.json"}
+    return DataConfig.model_validate(
+        {
+            "name": "talks",
+            "load_dataset_config": load_settings,
+            "pre_process_data_config": {"strategy": "pack", **pre},
+        }
+    )
+
+
+def test_a_chat_dataset_says_its_form_and_what_is_learnt(tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {n}", "output": f"{n}"} for n in range(7)]
+    wanted = chats(tmp_path, rows)
+    found = preview(wanted, tmp_path, tmp_path)
+    assert (found.format, found.detected, found.train_on) == ("alpaca", True, "assistant")
+    assert found.rendering == "the model's chat template"
+    assert (found.prompt, found.completion) == ("<|user|>\nsay 0<|end|>\n<|assistant|>\n", "0<|end|>\n")
+    tokenizer = load(tmp_path)
+    assert tokenizer.decode([label for label in found.labels if label >= 0]) == "0<|end|>"
+    assert found.trained_tokens == 7 * 2
+    assert "".join(console._preview(found)).count("alpaca, found in the data") == 1
+    named = preview(chats(tmp_path, rows, format="alpaca"), tmp_path, tmp_path)
+    assert not named.detected
+    old = preview(chats(tmp_path, rows, text_template="{instruction}{output}"), tmp_path, tmp_path)
+    assert (old.format, old.train_on, old.trained_tokens) == ("", "all", old.tokens - 7)
+
+
+def test_conversations_are_counted_by_a_part_and_checked_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 40
+    exact = preview(chats(tmp_path, rows), tmp_path, tmp_path)
+    monkeypatch.setattr(plan, "_COUNTED_CHATS", 8)
+    found = preview(chats(tmp_path, rows), tmp_path, tmp_path)
+    assert found.estimated
+    assert (found.tokens, found.trained_tokens) == (exact.tokens, exact.trained_tokens)
+    with pytest.raises(ConfigError, match="row 40: column 'messages' is not a list of chat turns"):
+        preview(chats(tmp_path, [*rows, {"messages": []}]), tmp_path, tmp_path)
+
+
+def test_a_run_that_would_learn_nothing_stops_at_plan(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "no answer"}, {"role": "tool", "content": "none"}]
+    with pytest.raises(ConfigError, match="no row has an answer to learn") as caught:
+        preview(chats(tmp_path, [{"messages": talk}] * 3), tmp_path, tmp_path)
+    assert caught.value.exit_code == 2
+    assert "train_on" in str(caught.value.problems[0].fix)
+    long = [{"role": "user", "content": "word " * 50}, {"role": "assistant", "content": "yes"}]
+    with pytest.raises(ConfigError, match="begin beyond max_seq_len 16") as caught:
+        preview(chats(tmp_path, [{"messages": long}] * 3, max_seq_len=16), tmp_path, tmp_path)
+    wanted = int(str(caught.value.problems[0].fix).split("max_seq_len to ")[1].split()[0])
+    assert preview(chats(tmp_path, [{"messages": long}], max_seq_len=wanted), tmp_path, tmp_path).blocks == 1
+    with pytest.raises(ConfigError):
+        preview(chats(tmp_path, [{"messages": long}], max_seq_len=wanted - 1), tmp_path, tmp_path)

@@ -140,7 +140,14 @@ def _data(context: Context, index: int, config: DataConfig) -> None:
     if pre.chat_template and pre.text_template is not None:
         findings.warn("both `chat_template` and `text_template` are given: only `chat_template` is used",
                       at("text_template"), "keep one of them")  # fmt: skip
-    if pre.train_on == "completion" and pre.text_template is None and not pre.chat_template:
+    if pre.format is not None and pre.text_template is not None:
+        findings.error("both `format` and `text_template` say what a row's text is",
+                       at("format"), "keep one of them")  # fmt: skip
+    if pre.train_on == "assistant" and pre.text_template is not None and not pre.chat_template:
+        findings.error("`train_on: assistant` needs chat turns, and there is a `text_template`",
+                       at("train_on"), "set `train_on` to completion, or give a `format`")  # fmt: skip
+    templated = pre.text_template is not None or pre.chat_template or pre.format is not None
+    if pre.train_on == "completion" and not templated:
         findings.error("`train_on: completion` needs a template that says where the completion begins",
                        at("train_on"), "give a `text_template`")  # fmt: skip
     if pre.drop_short_sequences and pre.strategy != "line-by-line":

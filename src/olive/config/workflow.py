@@ -90,6 +90,7 @@ class LoadDataset(Frozen):
     trust_remote_code: bool = Field(False, description="Run code that the dataset brings.")
 
 
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion"]
 Strategy = Literal[
     "line-by-line", "line-by-line-random", "join", "join-random", "join-sliding-window", "pack"
 ]
@@ -106,6 +107,14 @@ class PreProcess(Frozen):
         False, description="Render `message_col` with the model's chat template, or with this one."
     )
     message_col: str = Field("messages", description="Column that holds the chat turns.")
+    format: Format | None = Field(
+        None,
+        description="Form of chat data, rendered with the model's chat template, or as `### User:` and "
+        "`### Assistant:` paragraphs where it has none. `messages`: `message_col` holds turns with role and "
+        "content; `sharegpt`: `conversations` holds turns with from and value; `alpaca`: `instruction`, "
+        "`input`, `output`; `prompt-completion`: `prompt`, `completion`. `auto` finds it out. Default: found "
+        "out where there is no template and the data has no column `text`.",
+    )
     strategy: Strategy = Field("join", description="How rows become blocks of tokens.")
     max_seq_len: int = Field(1024, ge=2, le=1 << 24, description="Tokens in a block.")
     stride: int | None = Field(None, ge=1, description="Step of join-sliding-window, in tokens.")
@@ -124,8 +133,11 @@ class PreProcess(Frozen):
         "right", description="Accepted; padding is never computed."
     )
     use_attention_mask: bool = Field(True, description="Accepted; padding never takes part in attention.")
-    train_on: Literal["all", "completion"] = Field(
-        "all", description="`completion` masks everything before the template's last field."
+    train_on: Literal["all", "completion", "assistant"] | None = Field(
+        None,
+        description="`completion` masks everything before the template's last field, `assistant` everything "
+        "but the assistant's turns and the token that ends each. Default: `assistant` for data of a chat "
+        "`format`, else `all`.",
     )
 
 

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from olive.config.workflow import PreProcess
+from olive.data import formats
 from olive.data.packing import first_fit_decreasing
 from olive.data.template import render_all
 from olive.data.tokens import IGNORE, Encoded, Tokenizer
@@ -92,6 +93,7 @@ def build(
     missing = settings_missing(pre, seed)
     if missing:
         raise ConfigError(problems=missing)
+    pre = formats.resolve(pre, rows)
     encoded = tokenizer.encode_rows(render_all(pre, rows, tokenizer.chat), pre)
     joiner = tokenizer.encode(pre.joiner) if pre.strategy.startswith("join") and pre.joiner else []
     return arrange(encoded, pre, joiner, seed)
@@ -208,7 +210,7 @@ def _pack(documents: list[Encoded], limit: int) -> list[Block]:
 def _stream(encoded: Sequence[Encoded], pre: PreProcess, joiner: list[int]) -> Encoded:
     ids: list[int] = []
     labels: list[int] = []
-    between = joiner if pre.train_on == "all" else [IGNORE] * len(joiner)
+    between = joiner if pre.train_on in (None, "all") else [IGNORE] * len(joiner)
     for index, row in enumerate(encoded):
         if index:
             ids += joiner
@@ -272,7 +274,15 @@ def _nothing(encoded: Sequence[Encoded], pre: PreProcess, blocks: list[Block]) -
     if fix is not None:
         made = f"strategy {pre.strategy} makes no block of {pre.max_seq_len} tokens"
         return ConfigError(f"{made} from {had}", fix=fix)
+    first = [next((n for n, label in enumerate(row.labels) if n and label != IGNORE), 0) for row in encoded]
+    if not any(first):
+        return ConfigError(
+            f"nothing would be learnt from {had}: every label is masked, no row has an answer to learn",
+            fix="check the template and that rows have an answer, an assistant turn with words in it; "
+            "or set train_on to all",
+        )
     return ConfigError(
-        f"nothing would be learnt from {had}: every label is masked or the rows are empty",
-        fix="check the template, or set train_on to all, or raise max_seq_len beyond the longest prompt",
+        f"nothing would be learnt from {had}: every label is masked, the answers begin beyond max_seq_len "
+        f"{pre.max_seq_len}",
+        fix=f"set max_seq_len to {min(n for n in first if n) + 1} or more; the longest row has {longest}",
     )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from olive.errors import ConfigError
+
+# Characters that no text holds (Unicode noncharacters): where a {% generation %} block begins and ends.
+BEGIN, END = "\ufdd0", "\ufdd1"
+_MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +28,24 @@ class ChatTemplate:
     source: str
     tokens: Mapping[str, str] = field(default_factory=dict)
 
-    def render(self, turns: Iterable[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    @property
+    def marks(self) -> bool:
+        """Whether the template itself marks the assistant's words, with ``{% generation %}``."""
+        return _MARKED.search(self.source) is not None
+
+    def render(
+        self,
+        turns: Iterable[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        marked: bool = False,
+    ) -> str:
         """The text of a conversation.
+
+        Args:
+            turns: role, content and whatever else the template reads.
+            add_generation_prompt: end with what comes before an answer.
+            marked: put ``BEGIN`` and ``END`` around what stands in ``{% generation %}``.
 
         Raises:
             ConfigError: the template does not parse, refuses the turns, or does what the sandbox forbids.
@@ -34,7 +55,7 @@ class ChatTemplate:
 
         try:
             return str(
-                _compile(self.source).render(
+                _compile(self.source, marked).render(
                     messages=list(turns), add_generation_prompt=add_generation_prompt, **self.tokens
                 )
             )
@@ -45,7 +66,7 @@ class ChatTemplate:
 
 
 @lru_cache(maxsize=16)
-def _compile(source: str) -> Any:
+def _compile(source: str, marked: bool = False) -> Any:
     from datetime import datetime
 
     from jinja2 import TemplateError, nodes
@@ -60,6 +81,9 @@ def _compile(source: str) -> Any:
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            if marked:
+                first, last = (nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (BEGIN, END))
+                body = [first, *body, last]
             return nodes.Scope(body, lineno=line)
 
     def refuse(message: str) -> None:
@@ -75,3 +99,10 @@ def _compile(source: str) -> Any:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
+
+
+PLAIN = ChatTemplate(
+    "{% for turn in messages %}### {{ turn.role | capitalize }}:\n{{ turn.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+"""How chat turns are written for a model without a chat template of its own."""

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from olive.config.base import Frozen
-from olive.config.workflow import DataConfig
+from olive.config.workflow import DataConfig, PreProcess
+from olive.data import formats
 from olive.data.blocks import Blocks, build, build_held_out, settings_missing
 from olive.data.rows import columns, is_local, read, where
 from olive.data.split import split_rows
-from olive.data.template import check, render_all
+from olive.data.template import check, check_turns, render_all
 from olive.data.tokens import LightTokenizer, load
 from olive.errors import OliveError, Problem, Severity, raise_errors
 
 _COUNTED = 20_000  # rows tokenised for the counts; more are estimated from that many
+_COUNTED_CHATS = 2_000  # the same for conversations: a chat template takes longer to render
 
 
 class Preview(Frozen):
@@ -26,6 +28,10 @@ class Preview(Frozen):
         name: of the data config.
         rows: rows in the split; 0 when they can only be read at the run.
         columns: their columns.
+        format: form of the chat data; empty where a template of the document's own says what a row is.
+        detected: whether the format was found in the data, not named.
+        rendering: what chat turns are rendered with.
+        train_on: what of the text is learnt.
         blocks: training sequences.
         tokens: tokens in all blocks.
         trained_tokens: positions that carry a loss.
@@ -40,6 +46,10 @@ class Preview(Frozen):
     name: str
     rows: int = 0
     columns: tuple[str, ...] = ()
+    format: str = ""
+    detected: bool = False
+    rendering: str = ""
+    train_on: str = "all"
     blocks: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -89,10 +99,14 @@ def _preview(
         raise_errors(missing)
         return Preview(name=config.name, problems=tuple(_remote(config)))
     rows = read(config, base_dir)
+    pre = formats.resolve(pre, rows)
     raise_errors([*missing, *check(pre, columns(rows))])
     found: dict[str, Any] = {"name": config.name, "rows": len(rows), "columns": columns(rows)}
     tokenizer = load(tokenizer_folder) if tokenizer_folder is not None else None
-    texts = render_all(pre, rows, tokenizer.chat if tokenizer else None)
+    found |= _form(config.pre_process_data_config, pre, tokenizer)
+    if chats(pre):
+        check_turns(pre, rows)
+    texts = render_all(pre, rows[:1] if chats(pre) else rows, tokenizer.chat if tokenizer else None)
     found |= {"prompt": texts[0].prompt, "completion": texts[0].completion}
     train, evaluation = split_rows(rows, eval_size, seed or 0, pre)
     found["eval_rows"] = len(evaluation)
@@ -110,6 +124,26 @@ def _preview(
     return Preview(**found, **counts, problems=located)
 
 
+def chats(pre: PreProcess) -> bool:
+    """Whether rows are conversations; ``pre`` is resolved."""
+    return bool(pre.chat_template) or pre.format is not None
+
+
+def _form(given: PreProcess, pre: PreProcess, tokenizer: LightTokenizer | None) -> dict[str, Any]:
+    """How rows become text, for the reader of the plan."""
+    if not chats(pre):
+        return {"train_on": pre.train_on or "all"}
+    own = isinstance(pre.chat_template, str)
+    known = own or (tokenizer is not None and tokenizer.chat is not None)
+    rendering = "the document's chat template" if own else "the model's chat template"
+    return {
+        "format": pre.format or "messages",
+        "detected": given.format in (None, "auto") and not given.chat_template,
+        "rendering": rendering if known or tokenizer is None else "plain paragraphs: it has no chat template",
+        "train_on": pre.train_on or "all",
+    }
+
+
 def _counts(
     rows: list[dict[str, Any]],
     config: DataConfig,
@@ -119,10 +153,10 @@ def _counts(
     held_out: bool = False,
 ) -> tuple[Mapping[str, Any], Blocks]:
     """Counts over all rows, and the blocks of those tokenised."""
-    pre = config.pre_process_data_config
-    chosen = rows
-    if len(rows) > _COUNTED:
-        chosen = [rows[index * len(rows) // _COUNTED] for index in range(_COUNTED)]
+    pre = formats.resolve(config.pre_process_data_config, rows)
+    chosen, limit = rows, _COUNTED_CHATS if chats(pre) else _COUNTED
+    if len(rows) > limit:
+        chosen = [rows[index * len(rows) // limit] for index in range(limit)]
     blocks = (build_held_out if held_out else build)(chosen, pre, tokenizer, seed)
     scale = len(rows) / len(chosen)
     if pre.max_samples is not None:

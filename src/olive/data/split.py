@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from olive.config.workflow import PreProcess
+from olive.data import formats
 from olive.data.template import render
 from olive.errors import ConfigError
 
@@ -42,6 +43,8 @@ def split_rows(
         raise ConfigError(f"eval_dataset_size {eval_size} is negative", fix="give a share, 0.1, or a count")
     # A share of 0.3 of 10 rows is 3, though 0.3 * 10 in floating point may be a hair more.
     wanted = math.ceil(round(eval_size * len(rows), 9)) if eval_size < 1 else int(eval_size)
+    if pre is not None:
+        pre = formats.resolve(pre, rows)
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(_identity(row, pre), []).append(index)
@@ -64,7 +67,7 @@ def split_rows(
 
 
 def _identity(row: Row, pre: PreProcess | None) -> str:
-    if pre is not None and not pre.chat_template:
+    if pre is not None and not pre.chat_template and pre.format is None:
         return render(pre, row).full
     return _canonical(row)
 

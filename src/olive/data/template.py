@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from string import Formatter
-from typing import Any
+from typing import Any, TypeVar
 
 from olive.config.workflow import PreProcess
-from olive.data.chat import ChatTemplate
+from olive.data import formats
+from olive.data.chat import PLAIN, ChatTemplate
+from olive.data.spans import Span, find
 from olive.errors import ConfigError, Problem, raise_errors
 
+T = TypeVar("T")
 _KEYED = re.compile(r"([^\[\]]+)(?:\[[^\[\]]+\])+")
 
 
@@ -25,11 +28,13 @@ class Text:
             completion's first token, in training and in generation alike.
         completion: the rest: the last field and what follows it.
         answer: the value of the last field alone.
+        spans: the assistant's turns in the whole text, where they alone are learnt; else None.
     """
 
     prompt: str
     completion: str
     answer: str
+    spans: tuple[Span, ...] | None = None
 
     @property
     def full(self) -> str:
@@ -55,8 +60,10 @@ def fields(template: str) -> list[str]:
 
 
 def check(pre: PreProcess, columns: Iterable[str]) -> list[Problem]:
-    """What of the template or ``text_cols`` does not fit the columns."""
+    """What of the format, the template or ``text_cols`` does not fit the columns; ``pre`` is resolved."""
     known = tuple(columns)
+    if pre.format is not None:
+        return formats.unfit(pre, known)
     if pre.chat_template:
         needed, setting = [pre.message_col], "message_col"
     elif pre.text_template is not None:
@@ -65,7 +72,7 @@ def check(pre: PreProcess, columns: Iterable[str]) -> list[Problem]:
             return [
                 Problem(
                     "text_template has no field, so every row would be the same text",
-                    fix=f"name a column in braces; the data has {_listing(known)}",
+                    fix=f"name a column in braces; the data has {formats.listing(known)}",
                 )
             ]
     else:
@@ -74,7 +81,7 @@ def check(pre: PreProcess, columns: Iterable[str]) -> list[Problem]:
     return [
         Problem(
             f"{setting} names {name!r}, which is no column of the data",
-            fix=f"the data has {_listing(known)}{_nearest(name, known)}",
+            fix=f"the data has {formats.listing(known)}{_nearest(name, known)}",
         )
         for name in missing
     ]
@@ -84,14 +91,18 @@ def render(pre: PreProcess, row: Mapping[str, Any], chat: ChatTemplate | None = 
     """The text of one row.
 
     Args:
-        pre: template, ``text_cols`` or chat template.
+        pre: format, template, ``text_cols`` or chat template.
         row: column -> value.
         chat: the model's chat template; needed when ``pre.chat_template`` is true.
 
     Raises:
         ConfigError: a field is no column, a value is null, or the chat turns do not render.
     """
-    if pre.chat_template:
+    return _render(formats.resolve(pre, [row]), row, chat)
+
+
+def _render(pre: PreProcess, row: Mapping[str, Any], chat: ChatTemplate | None) -> Text:
+    if pre.format is not None or pre.chat_template:
         return _render_chat(pre, row, chat)
     if pre.text_template is None:
         raise_errors(check(pre, row))
@@ -110,14 +121,29 @@ def render_all(
         ConfigError: as ``render``; one error names every kind of fault with its count and first row. A value
             that one row lacks and another has counts as null.
     """
+    pre = formats.resolve(pre, rows)
     known = dict.fromkeys(name for row in rows for name in row)
     if rows:
         raise_errors(check(pre, known))
-    texts: list[Text] = []
+    return _each(rows, lambda row: _render(pre, row if len(row) == len(known) else {**known, **row}, chat))
+
+
+def check_turns(pre: PreProcess, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Whether every row is a conversation, without rendering it; ``pre`` is resolved.
+
+    Raises:
+        ConfigError: as ``render_all``.
+    """
+    _each(rows, lambda row: formats.turns(pre, row))
+
+
+def _each(rows: Sequence[Mapping[str, Any]], make: Callable[[Mapping[str, Any]], T]) -> list[T]:
+    """What ``make`` makes of every row; one error names each kind of fault with its count and first row."""
+    made: list[T] = []
     faults: dict[str, tuple[int, int, str | None]] = {}
     for index, row in enumerate(rows):
         try:
-            texts.append(render(pre, row if len(row) == len(known) else {**known, **row}, chat))
+            made.append(make(row))
         except ConfigError as error:
             for problem in error.problems:
                 first, count, _ = faults.get(problem.message, (index, 0, None))
@@ -126,7 +152,7 @@ def render_all(
         Problem(message, f"row {first}" + (f" and {count - 1} more" if count > 1 else ""), fix)
         for message, (first, count, fix) in faults.items()
     )
-    return texts
+    return made
 
 
 def _render_template(pre: PreProcess, row: Mapping[str, Any]) -> Text:
@@ -154,33 +180,36 @@ def _render_template(pre: PreProcess, row: Mapping[str, Any]) -> Text:
 
 
 def _render_chat(pre: PreProcess, row: Mapping[str, Any], chat: ChatTemplate | None) -> Text:
+    bare = None
     if isinstance(pre.chat_template, str):
         chat = ChatTemplate(pre.chat_template, chat.tokens if chat else {})
-    if chat is None:
+    elif chat is None and pre.chat_template:
         raise ConfigError(
             "chat_template is true but the model's tokenizer has none",
             fix="write the template itself as chat_template, or use text_template",
         )
+    elif chat is None:
+        chat, bare = PLAIN, formats.plain(pre, row)
     raise_errors(check(pre, row))
-    turns = row[pre.message_col]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
-        raise ConfigError(
-            f"column {pre.message_col!r} is not a list of chat turns",
-            fix='each turn is an object such as {"role": "user", "content": "..."}',
-        )
+    if bare is not None:
+        prompt, completion = bare
+        moved = prompt.endswith(" ")
+        return Text(prompt[: len(prompt) - moved], " " * moved + completion, completion)
+    turns = formats.turns(pre, row)
     full = chat.render(turns)
+    spans = find(chat, turns, full) if pre.train_on == "assistant" else None
     content = turns[-1].get("content")
     if turns[-1].get("role") == "assistant" and isinstance(content, str):
         prompt = chat.render(turns[:-1], add_generation_prompt=True)
         if full.startswith(prompt):
-            return Text(prompt, full[len(prompt) :], content)
+            return Text(prompt, full[len(prompt) :], content, spans)
     if pre.train_on == "completion":
         raise ConfigError(
             "the chat turns have no completion: the last turn must be the assistant's, and the template "
             "must render the turns before it as a prefix of the whole",
             fix="end each conversation with an assistant turn, or set train_on to all",
         )
-    return Text("", full, "")
+    return Text("", full, "", spans)
 
 
 @lru_cache(maxsize=64)
@@ -237,11 +266,6 @@ def _plain(value: Any, name: str) -> str:
     if value is None:
         raise ConfigError(f"column {name!r} is null or missing", fix="drop such rows or fill them in")
     return str(value)
-
-
-def _listing(columns: Iterable[str]) -> str:
-    names = list(columns)
-    return "columns " + ", ".join(names[:20]) + (" ..." if len(names) > 20 else "") if names else "no columns"
 
 
 def _nearest(name: str, columns: Iterable[str]) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from olive.config.workflow import PreProcess
+from olive.data import labels
 from olive.data.chat import ChatTemplate
 from olive.data.template import Text
 from olive.errors import ConfigError
 
-IGNORE = -100
+IGNORE = labels.IGNORE
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -74,6 +75,11 @@ class LightTokenizer:
         self.eos_id = _id(backend, names["eos_token"])
         self.pad_id = _id(backend, names["pad_token"])
         self.vocab_size = int(backend.get_vocab_size(with_added_tokens=True))
+        self._special = {
+            number
+            for number, token in backend.get_added_tokens_decoder().items()
+            if token.special or number == self.eos_id
+        }
         tokens = {name: token for name, token in names.items() if token is not None}
         self.chat = ChatTemplate(chat, tokens) if chat else None
         # The post-processor alone decides: transformers 5 ignores add_bos_token beside a tokenizer.json.
@@ -99,13 +105,23 @@ class LightTokenizer:
 
         BOS only where the tokenizer itself puts one, EOS at the end, neither twice. With
         ``train_on: completion`` the prompt is tokenised on its own, as generation will see it, and masked.
+        A text with spans is tokenised whole and has labels there alone; the template ends its turns, so that
+        EOS is added only where the last turn is the assistant's and no special token ends it.
+
+        Raises:
+            ConfigError: the tokenizer joins a template's generation prompt and an answer to one token.
         """
         return self.encode_rows([text], pre)[0]
 
     def encode_rows(self, texts: Iterable[Text], pre: PreProcess) -> list[Encoded]:
         """Ids and labels of many rows; faster than one by one."""
         texts = list(texts)
-        if pre.train_on == "all":
+        spanned = {index for index, text in enumerate(texts) if text.spans is not None}
+        if spanned:
+            made = iter(self._spanned([texts[index] for index in sorted(spanned)], pre))
+            rest = iter(self.encode_rows([t for t in texts if t.spans is None], pre))
+            return [next(made if index in spanned else rest) for index in range(len(texts))]
+        if pre.train_on in (None, "all"):
             whole = self._batch([text.full for text in texts])
             ids = [self._end(self._begin(row, pre), pre) for row in whole]
             return [Encoded(row, list(row)) for row in ids]
@@ -120,6 +136,22 @@ class LightTokenizer:
         prompt = self._begin(prompt, pre)
         completion = self._end(self._continue(text.completion, completion), pre)
         return Encoded(prompt + completion, [IGNORE] * len(prompt) + completion)
+
+    def _spanned(self, texts: list[Text], pre: PreProcess) -> list[Encoded]:
+        # A post-processor may cut spaces off the offsets, and does nothing else here.
+        processor = self._backend.post_processor
+        try:
+            self._backend.post_processor = None
+            whole = self._backend.encode_batch([text.full for text in texts], add_special_tokens=False)
+        finally:
+            self._backend.post_processor = processor
+        return [self._label(text, one.ids, one.offsets, pre) for text, one in zip(texts, whole, strict=True)]
+
+    def _label(self, text: Text, ids: list[int], offsets: labels.Offsets, pre: PreProcess) -> Encoded:
+        marked, eos = labels.label(text, ids, offsets, self._special)
+        begun = self._begin(ids, pre)
+        done = self._end(begun, pre) if eos else begun
+        return Encoded(done, [IGNORE] * (len(begun) - len(ids)) + marked + done[len(begun) :])
 
     def _batch(self, texts: list[str]) -> list[list[int]]:
         return [list(one.ids) for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]

@@ -198,11 +198,22 @@ def _count(value: int) -> str:
     )
 
 
+_LEARNT = {
+    "all": "all tokens",
+    "completion": "the last answer alone",
+    "assistant": "the assistant's turns alone, each with the token that ends it",
+}
+
+
 def _preview(shown: Preview) -> list[str]:
     if not shown.rows:
         return labelled("rows", "known when the run reads them")
     about = "about " if shown.estimated else ""
     lines = labelled("rows", f"{shown.rows:,} with columns {', '.join(shown.columns)}")
+    if shown.format:
+        found = "found in the data" if shown.detected else "named by the document"
+        lines += labelled("format", f"{shown.format}, {found}; rendered with {shown.rendering}")
+        lines += labelled("trains on", _LEARNT[shown.train_on])
     lines += labelled(
         "tokens",
         f"{about}{shown.tokens:,} in {shown.blocks:,} blocks of up to {shown.longest_block:,}, "
