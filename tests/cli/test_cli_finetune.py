@@ -374,6 +374,8 @@ def test_options_that_do_not_fit(
         ("broken.json", '{"a": ', "broken.json:1"),
         ("notes.docx", "x", "notes.docx ends with .docx, which is no kind of data file"),
         ("plain", "x", "plain ends with no suffix"),
+        ("head.csv", "text,label\n", "has no rows"),
+        ("list.json", "[1, 2]", "is not an object"),
         ("numbers.json", '{"a": 1, "b": [2]}', "no column of text was found; the columns are a (number), b"),
         (
             "three.json",
@@ -411,6 +413,36 @@ def test_folders_without_data(work: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_hub_dataset_is_not_read_unasked(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert entry(["finetune", "-m", "model", "-d", "someone/tones"]) == 2
     assert "Add --download to read it now" in said(capsys)
+
+
+def test_a_hub_dataset_is_read_when_asked(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def load_dataset(name: str, *_: object, **settings: Any) -> list[dict[str, Any]]:
+        asked.append((name, settings["split"]))
+        return tones(200)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    command = ["finetune", "-m", "model", "-d", "someone/tones", "--split", "part"]
+    assert entry([*command, "--download", "--dry-run", "--save-config", "doc.json"]) == 0
+    assert asked == [("someone/tones", "part")]
+    loads = [
+        config["load_dataset_config"] for config in json.loads(Path("doc.json").read_text())["data_configs"]
+    ]
+    assert loads == [
+        {"data_name": "someone/tones", "split": "part[:-20]"},
+        {"data_name": "someone/tones", "split": "part[-20:]"},
+    ]
+
+
+def test_a_null_is_told_with_its_row(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tones()
+    rows[3]["tone"] = None
+    lines("tones.jsonl", rows)
+    assert entry(["finetune", "-m", "model", "-d", "tones.jsonl"]) == 2
+    assert "column 'tone' is null or missing at --data: row 3" in said(capsys)
 
 
 def test_models_that_do_not_do(
