@@ -378,3 +378,45 @@ def test_a_format_needs_no_template() -> None:
         loaded = load_document(changed(DOCUMENT_C, "data_configs/0/pre_process_data_config", settings))
         pre = loaded.workflow.data_configs[0].pre_process_data_config
         assert (pre.format, pre.train_on) == (settings.get("format"), settings.get("train_on"))
+
+
+def mixing(*parts: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    document = copy.deepcopy(DOCUMENT_C)
+    document["data_configs"].append({"name": "both", "mix": list(parts), **settings})
+    return document
+
+
+def test_a_mix_names_other_data_configs() -> None:
+    first = DOCUMENT_C["data_configs"][0]["name"]
+    loaded = load_document(mixing({"name": first, "weight": 2}))
+    config = loaded.workflow.data_config("both")
+    assert [(part.name, part.weight) for part in config.mix] == [(first, 2.0)]
+    assert config.members == (loaded.workflow.data_config(first),)
+    assert loaded.document["data_configs"][-1] == {"name": "both", "mix": [{"name": first, "weight": 2}]}
+    wrong = refused(mixing({"name": first + "x"}))
+    assert [problem.message for problem in wrong] == [f'no data config is called "{first}x"']
+    assert wrong[0].fix == f"did you mean `{first}`?"
+    assert "both.mix" not in str(wrong[0].where)
+    assert "mix[0].name" in str(wrong[0].where)
+
+
+def test_a_mix_of_itself_is_refused() -> None:
+    document = mixing({"name": "other"})
+    document["data_configs"].append({"name": "other", "mix": [{"name": "both"}]})
+    assert [problem.message for problem in refused(document)] == [
+        "the mix 'both' would have its rows from itself: both <- other <- both",
+        "the mix 'other' would have its rows from itself: other <- both <- other",
+    ]
+    assert "both <- both" in refused(mixing({"name": "both"}))[0].message
+
+
+def test_rows_come_from_one_place() -> None:
+    first = DOCUMENT_C["data_configs"][0]["name"]
+    load = {"data_name": "json", "data_files": "a.json"}
+    assert (
+        "remove `load_dataset_config`"
+        in refused(mixing({"name": first}, load_dataset_config=load))[0].message
+    )
+    assert [problem.message for problem in refused(mixing())] == ["`load_dataset_config` is missing"]
+    warned = load_document(mixing({"name": first}, pre_process_data_config={"text_template": "{a}"}))
+    assert any("`text_template` of a mix has no effect" in text for text in said(warned, Severity.WARNING))

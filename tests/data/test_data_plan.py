@@ -118,17 +118,19 @@ def test_a_chat_dataset_says_its_form_and_what_is_learnt(tmp_path: Path) -> None
     rows = [{"instruction": f"say {n}", "output": f"{n}"} for n in range(7)]
     wanted = chats(tmp_path, rows)
     found = preview(wanted, tmp_path, tmp_path)
-    assert (found.format, found.detected, found.train_on) == ("alpaca", True, "assistant")
-    assert found.rendering == "the model's chat template"
+    part = found.parts[0]
+    assert (part.name, part.format, part.detected, part.train_on) == ("talks", "alpaca", True, "assistant")
+    assert part.rendering == "the model's chat template"
     assert (found.prompt, found.completion) == ("<|user|>\nsay 0<|end|>\n<|assistant|>\n", "0<|end|>\n")
     tokenizer = load(tmp_path)
     assert tokenizer.decode([label for label in found.labels if label >= 0]) == "0<|end|>"
     assert found.trained_tokens == 7 * 2
     assert "".join(console._preview(found)).count("alpaca, found in the data") == 1
     named = preview(chats(tmp_path, rows, format="alpaca"), tmp_path, tmp_path)
-    assert not named.detected
+    assert not named.parts[0].detected
     old = preview(chats(tmp_path, rows, text_template="{instruction}{output}"), tmp_path, tmp_path)
-    assert (old.format, old.train_on, old.trained_tokens) == ("", "all", old.tokens - 7)
+    assert (old.parts[0].format, old.parts[0].train_on) == ("", "all")
+    assert old.trained_tokens == old.tokens - 7
 
 
 def test_conversations_are_counted_by_a_part_and_checked_whole(

@@ -46,6 +46,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ),
     ("`systems.*.accelerators[]`", "", workflow.Accelerator),
     ("`data_configs[]`", "A named dataset.", workflow.DataConfig),
+    ("`data_configs[].mix[]`", "", workflow.MixPart),
     ("`data_configs[].load_dataset_config`", "", workflow.LoadDataset),
     ("`data_configs[].pre_process_data_config`", "", workflow.PreProcess),
     ("`data_configs[].dataloader_config`", "", workflow.Dataloader),

@@ -8,7 +8,7 @@ from typing import Any
 from olive.config.positions import JsonPath
 from olive.config.rewrite import Context, text
 from olive.config.suggest import closest
-from olive.config.workflow import DataConfig, Workflow
+from olive.config.workflow import DataConfig, Workflow, mix_cycle
 
 _GPU_ONLY = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider",
              "ROCMExecutionProvider", "MIGraphXExecutionProvider")  # fmt: skip
@@ -75,6 +75,7 @@ def _references(context: Context) -> Iterable[tuple[JsonPath, str]]:
         for key, section in fields.items():
             if key in entry.members:
                 yield ("passes", name, key), section
+    yield from _parts_of_mixes(context)
     for name, evaluator in root.members["evaluators"].members.items() if "evaluators" in root.members else ():
         metrics = evaluator.members.get("metrics")
         for index, metric in enumerate(metrics.items if metrics is not None else []):
@@ -82,11 +83,21 @@ def _references(context: Context) -> Iterable[tuple[JsonPath, str]]:
                 yield ("evaluators", name, "metrics", index, "data_config"), "data_configs"
 
 
+def _parts_of_mixes(context: Context) -> Iterable[tuple[JsonPath, str]]:
+    data = context.root.members.get("data_configs")
+    for index, config in enumerate(data.items if data is not None else []):
+        mix = config.members.get("mix")
+        for place, part in enumerate(mix.items if mix is not None else []):
+            if "name" in part.members:
+                yield ("data_configs", index, "mix", place, "name"), "data_configs"
+
+
 def lint(context: Context, workflow: Workflow) -> None:
     """Report contradictions and settings without effect."""
     _places(context, workflow)
     for index, config in enumerate(workflow.data_configs):
         _data(context, index, config)
+        _mix(context, workflow, index, config)
     for name, entry in workflow.passes.items():
         arguments = getattr(entry.params, "training_args", None)
         if isinstance(arguments, dict):
@@ -154,6 +165,27 @@ def _data(context: Context, index: int, config: DataConfig) -> None:
         findings.note(
             "`drop_short_sequences` has an effect with line-by-line only", at("drop_short_sequences")
         )
+
+
+def _mix(context: Context, workflow: Workflow, index: int, config: DataConfig) -> None:
+    """Report a mix that has its rows from itself, and what it says of a text that its parts say."""
+    findings, base = context.findings, ("data_configs", index)
+    cycle = mix_cycle(workflow.data_configs, config.name)
+    if cycle:
+        findings.error(
+            f"the mix {config.name!r} would have its rows from itself: {' <- '.join(cycle)}",
+            _origin(context, (*base, "mix")),
+            "take one of them out",
+        )
+    pre = context.root.at(base).members.get("pre_process_data_config")
+    texts = ("text_cols", "text_template", "chat_template", "message_col", "format", "train_on")
+    for key in texts if config.mix else ():
+        if pre is not None and key in pre.members:
+            findings.warn(
+                f"`{key}` of a mix has no effect: each row becomes text as its own data config says",
+                _origin(context, (*base, "pre_process_data_config", key)),
+                f"set it in {', '.join(part.name for part in config.mix)}",
+            )
 
 
 def _training(

@@ -5,10 +5,18 @@ Setting names and defaults follow Olive 0.13 where it has the concept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SerializeAsAny
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from olive.config.base import Dtype, Frozen, PassParams
 
@@ -86,6 +94,12 @@ class LoadDataset(Frozen):
     data_files: str | tuple[str, ...] | dict[str, str | tuple[str, ...]] | None = Field(
         None, description="File or files to read; with an object, by split."
     )
+    max_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Rows to keep: a random choice of the split's rows, always the same one, in their order. "
+        "The first rows instead: `train[:100]` as `split`.",
+    )
     revision: str | None = Field(None, description="Revision of a hub dataset.")
     trust_remote_code: bool = Field(False, description="Run code that the dataset brings.")
 
@@ -147,6 +161,20 @@ class Dataloader(Frozen):
     batch_size: int = Field(1, ge=1, description="Rows evaluated at once.")
 
 
+class MixPart(Frozen):
+    """One dataset of a mix."""
+
+    name: str = Field(
+        description="Data config to take rows from.", json_schema_extra={"reference": "data_configs"}
+    )
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="How often each of its rows is taken: 1 once, 2 twice, 0.5 every other, chosen by seed.",
+    )
+
+
 class DataConfig(Frozen):
     """A named dataset."""
 
@@ -154,9 +182,58 @@ class DataConfig(Frozen):
     type: Literal["HuggingfaceContainer"] = Field(
         "HuggingfaceContainer", description="Rows with named columns."
     )
-    load_dataset_config: LoadDataset = Field(description="Which rows.")
+    mix: tuple[MixPart, ...] = Field(
+        (),
+        description="Other data configs to take the rows from, instead of `load_dataset_config`. Each row "
+        "becomes text as its own config says; the rows are shuffled by `random_seed` (0 where there is none) "
+        "and become blocks as this config says.",
+    )
+    load_dataset_config: LoadDataset = Field(
+        LoadDataset(data_name="mix"), validate_default=True, description="Which rows. Required without `mix`."
+    )
     pre_process_data_config: PreProcess = Field(PreProcess(), description="Rows to text to token blocks.")
     dataloader_config: Dataloader = Field(Dataloader(), description="Batching for evaluation.")
+    _members: tuple[DataConfig, ...] = PrivateAttr(())
+
+    @field_validator("load_dataset_config")
+    @classmethod
+    def _from_one_place(cls, load: LoadDataset, info: ValidationInfo) -> LoadDataset:
+        given = load != cls.model_fields["load_dataset_config"].default
+        if not given and not info.data.get("mix"):
+            raise PydanticCustomError("missing", "Field required")
+        if given and info.data.get("mix"):
+            raise ValueError("a config with `mix` has its rows from there: remove `load_dataset_config`")
+        return load
+
+    @property
+    def members(self) -> tuple[DataConfig, ...]:
+        """The data configs of ``mix``, in order; empty until the document's configs are linked."""
+        return self._members
+
+
+def link(configs: Sequence[DataConfig]) -> None:
+    """Let each mix among ``configs`` know the configs it names; not where a name is wrong or its own."""
+    named = {config.name: config for config in configs}
+    for config in configs:
+        parts = [named.get(part.name) for part in config.mix]
+        if all(part is not None for part in parts) and not mix_cycle(configs, config.name):
+            config._members = tuple(part for part in parts if part is not None)
+
+
+def mix_cycle(configs: Sequence[DataConfig], name: str) -> tuple[str, ...]:
+    """The names from ``name`` back to itself through mixes; empty when there is no such way."""
+    named = {config.name: config for config in configs}
+    ways: list[tuple[str, ...]] = [(name,)]
+    seen: set[str] = set()
+    while ways:
+        way = ways.pop()
+        for part in named[way[-1]].mix if way[-1] in named else ():
+            if part.name == name:
+                return (*way, name)
+            if part.name not in seen:
+                seen.add(part.name)
+                ways.append((*way, part.name))
+    return ()
 
 
 class Goal(Frozen):
@@ -270,6 +347,11 @@ class Workflow(Frozen):
     log_severity_level: int = Field(
         1, ge=0, le=4, description="0 debug, 1 info, 2 warning, 3 error, 4 critical."
     )
+
+    @model_validator(mode="after")
+    def _link(self) -> Self:
+        link(self.data_configs)
+        return self
 
     def data_config(self, name: str) -> DataConfig:
         """The data config called ``name``; the loader has checked that it exists."""

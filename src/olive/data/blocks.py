@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from olive.config.workflow import PreProcess
-from olive.data import formats
+from olive.data.mixture import groups, scatter
 from olive.data.packing import first_fit_decreasing
 from olive.data.template import render_all
 from olive.data.tokens import IGNORE, Encoded, Tokenizer
@@ -93,8 +93,16 @@ def build(
     missing = settings_missing(pre, seed)
     if missing:
         raise ConfigError(problems=missing)
-    pre = formats.resolve(pre, rows)
-    encoded = tokenizer.encode_rows(render_all(pre, rows, tokenizer.chat), pre)
+    parts = groups(pre, rows)
+    encoded = scatter(
+        len(rows),
+        [
+            (group, tokenizer.encode_rows(render_all(group.pre, group.rows, tokenizer.chat), group.pre))
+            for group in parts
+        ],
+    )
+    learns_all = all(group.pre.train_on in (None, "all") for group in parts)
+    pre = pre.model_copy(update={"train_on": "all" if learns_all else "completion"})
     joiner = tokenizer.encode(pre.joiner) if pre.strategy.startswith("join") and pre.joiner else []
     return arrange(encoded, pre, joiner, seed)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from olive.config.base import Frozen
 from olive.config.workflow import DataConfig, PreProcess
-from olive.data import formats
 from olive.data.blocks import Blocks, build, build_held_out, settings_missing
+from olive.data.mixture import Group, MixedRow, groups
 from olive.data.rows import columns, is_local, read, where
 from olive.data.split import split_rows
 from olive.data.template import check, check_turns, render_all
@@ -21,6 +21,26 @@ _COUNTED = 20_000  # rows tokenised for the counts; more are estimated from that
 _COUNTED_CHATS = 2_000  # the same for conversations: a chat template takes longer to render
 
 
+class PartPreview(Frozen):
+    """Rows that become text in the same way: all rows of a dataset, or those of one part of a mix.
+
+    Attributes:
+        name: of the data config they are from.
+        rows: how many there are; a row drawn twice counts twice.
+        format: form of the chat data; empty where a template of the document's own says what a row is.
+        detected: whether the format was found in the data, not named.
+        rendering: what chat turns are rendered with.
+        train_on: what of the text is learnt.
+    """
+
+    name: str
+    rows: int
+    format: str = ""
+    detected: bool = False
+    rendering: str = ""
+    train_on: str = "all"
+
+
 class Preview(Frozen):
     """A data config, looked at before any time is spent.
 
@@ -28,10 +48,8 @@ class Preview(Frozen):
         name: of the data config.
         rows: rows in the split; 0 when they can only be read at the run.
         columns: their columns.
-        format: form of the chat data; empty where a template of the document's own says what a row is.
-        detected: whether the format was found in the data, not named.
-        rendering: what chat turns are rendered with.
-        train_on: what of the text is learnt.
+        parts: the rows by how they become text; more than one for a mix alone.
+        max_rows: the limit that left rows out; 0 where none did.
         blocks: training sequences.
         tokens: tokens in all blocks.
         trained_tokens: positions that carry a loss.
@@ -46,10 +64,8 @@ class Preview(Frozen):
     name: str
     rows: int = 0
     columns: tuple[str, ...] = ()
-    format: str = ""
-    detected: bool = False
-    rendering: str = ""
-    train_on: str = "all"
+    parts: tuple[PartPreview, ...] = ()
+    max_rows: int = 0
     blocks: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -97,22 +113,29 @@ def _preview(
     missing = settings_missing(pre)
     if not is_local(config, base_dir):
         raise_errors(missing)
-        return Preview(name=config.name, problems=tuple(_remote(config)))
+        return Preview(name=config.name, problems=tuple(_remote(config, base_dir)))
     rows = read(config, base_dir)
-    pre = formats.resolve(pre, rows)
-    raise_errors([*missing, *check(pre, columns(rows))])
+    parts = groups(pre, rows)
+    raise_errors([*missing, *(problem for part in parts for problem in check(part.pre, columns(part.rows)))])
     found: dict[str, Any] = {"name": config.name, "rows": len(rows), "columns": columns(rows)}
+    if config.load_dataset_config.max_rows == len(rows):
+        found["max_rows"] = len(rows)
     tokenizer = load(tokenizer_folder) if tokenizer_folder is not None else None
-    found |= _form(config.pre_process_data_config, pre, tokenizer)
-    if chats(pre):
-        check_turns(pre, rows)
-    texts = render_all(pre, rows[:1] if chats(pre) else rows, tokenizer.chat if tokenizer else None)
-    found |= {"prompt": texts[0].prompt, "completion": texts[0].completion}
+    found["parts"] = tuple(_part(config, part, tokenizer) for part in parts)
+    chat = tokenizer.chat if tokenizer else None
+    for part in parts:
+        if chats(part.pre):
+            check_turns(part.pre, part.rows)
+        else:
+            render_all(pre, part.rows, chat)
+    first = next(part for part in parts if 0 in part.places)
+    text = render_all(pre, rows[:1], chat)[0]
+    found |= {"prompt": text.prompt, "completion": text.completion}
     train, evaluation = split_rows(rows, eval_size, seed or 0, pre)
     found["eval_rows"] = len(evaluation)
     if tokenizer is None:
         return Preview(**found)
-    sample = tokenizer.encode_row(texts[0], pre)
+    sample = tokenizer.encode_row(text, first.pre)
     found |= {"ids": tuple(sample.ids), "labels": tuple(sample.labels)}
     counts, blocks = _counts(train, config, tokenizer, seed)
     problems = [*blocks.notes]
@@ -129,19 +152,35 @@ def chats(pre: PreProcess) -> bool:
     return bool(pre.chat_template) or pre.format is not None
 
 
-def _form(given: PreProcess, pre: PreProcess, tokenizer: LightTokenizer | None) -> dict[str, Any]:
+def _part(config: DataConfig, group: Group, tokenizer: LightTokenizer | None) -> PartPreview:
     """How rows become text, for the reader of the plan."""
+    pre, row = group.pre, group.rows[0]
+    made = PartPreview(
+        name=row.source if isinstance(row, MixedRow) else config.name,
+        rows=len(group.rows),
+        train_on=pre.train_on or "all",
+    )
     if not chats(pre):
-        return {"train_on": pre.train_on or "all"}
+        return made
     own = isinstance(pre.chat_template, str)
     known = own or (tokenizer is not None and tokenizer.chat is not None)
     rendering = "the document's chat template" if own else "the model's chat template"
-    return {
-        "format": pre.format or "messages",
-        "detected": given.format in (None, "auto") and not given.chat_template,
-        "rendering": rendering if known or tokenizer is None else "plain paragraphs: it has no chat template",
-        "train_on": pre.train_on or "all",
-    }
+    named = {member.name: member for member in _all_members(config)}[made.name].pre_process_data_config
+    return made.model_copy(
+        update={
+            "format": pre.format or "messages",
+            "detected": named.format in (None, "auto") and not named.chat_template,
+            "rendering": rendering
+            if known or tokenizer is None
+            else "plain paragraphs: it has no chat template",
+        }
+    )
+
+
+def _all_members(config: DataConfig) -> Iterator[DataConfig]:
+    yield config
+    for member in config.members:
+        yield from _all_members(member)
 
 
 def _counts(
@@ -153,8 +192,9 @@ def _counts(
     held_out: bool = False,
 ) -> tuple[Mapping[str, Any], Blocks]:
     """Counts over all rows, and the blocks of those tokenised."""
-    pre = formats.resolve(config.pre_process_data_config, rows)
-    chosen, limit = rows, _COUNTED_CHATS if chats(pre) else _COUNTED
+    pre = config.pre_process_data_config
+    slow = any(chats(part.pre) for part in groups(pre, rows))
+    chosen, limit = rows, _COUNTED_CHATS if slow else _COUNTED
     if len(rows) > limit:
         chosen = [rows[index * len(rows) // limit] for index in range(limit)]
     blocks = (build_held_out if held_out else build)(chosen, pre, tokenizer, seed)
@@ -170,7 +210,10 @@ def _counts(
     }, blocks
 
 
-def _remote(config: DataConfig) -> list[Problem]:
+def _remote(config: DataConfig, base_dir: Path) -> list[Problem]:
+    """What to say of data that only the run reads; of each such part of a mix."""
+    if config.mix:
+        return [p for m in config.members if not is_local(m, base_dir) for p in _remote(m, base_dir)]
     load = config.load_dataset_config
     at_run = Problem(
         f"dataset {load.data_name!r} is no local file or folder: its rows are checked at the run",

@@ -12,10 +12,12 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from olive.config.workflow import DataConfig
+from olive.data import mixture
 from olive.data.slices import Slice, parse_split, take
 from olive.errors import ConfigError, EnvironmentFault, OliveError, UntrustedInput
 
@@ -23,7 +25,7 @@ Row = dict[str, Any]
 
 
 def read(config: DataConfig, base_dir: Path) -> list[Row]:
-    """Every row of the config's split, in file order.
+    """Every row of the config's split in file order, less what ``max_rows`` leaves out; the rows of a mix.
 
     Args:
         config: the data config.
@@ -34,6 +36,8 @@ def read(config: DataConfig, base_dir: Path) -> list[Row]:
         EnvironmentFault: a library is missing, or a hub dataset is neither cached nor reachable.
         UntrustedInput: the dataset wants to run code.
     """
+    if config.mix:
+        return list(_mix(config, base_dir))
     found = files(config, base_dir)
     if found is None:
         rows = _through_datasets(config, base_dir)
@@ -50,7 +54,41 @@ def read(config: DataConfig, base_dir: Path) -> list[Row]:
             where=where(config),
             fix="check `split` and the contents of `data_files`",
         )
-    return rows
+    limit = config.load_dataset_config.max_rows
+    return rows if limit is None or limit >= len(rows) else mixture.choice(rows, limit, "max_rows")
+
+
+def members(config: DataConfig) -> tuple[DataConfig, ...]:
+    """The data configs of a mix.
+
+    Raises:
+        ConfigError: they are not known.
+    """
+    if len(config.members) != len(config.mix):
+        names = ", ".join(part.name for part in config.mix)
+        raise ConfigError(
+            f"the mix {config.name!r} does not know its data configs: {names}",
+            where=where(config),
+            fix="each must be in data_configs and must not have its rows from the mix",
+        )
+    return config.members
+
+
+def _mix(config: DataConfig, base_dir: Path) -> list[mixture.MixedRow]:
+    parts = []
+    for member, part in zip(members(config), config.mix, strict=True):
+        rows = read(member, base_dir)
+        try:
+            tagged = mixture.tagged(rows, member.name, member.pre_process_data_config)
+        except ConfigError as error:
+            raise ConfigError(problems=[replace(p, where=where(member)) for p in error.problems]) from error
+        parts.append((tagged, part.weight))
+    mixed = mixture.mixed(parts, config.pre_process_data_config.random_seed or 0)
+    if not mixed:
+        raise ConfigError(
+            f"the mix {config.name!r} has no rows", where=where(config), fix="raise the weights"
+        )
+    return mixed
 
 
 def columns(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -65,6 +103,8 @@ def where(config: DataConfig) -> str:
 
 def is_local(config: DataConfig, base_dir: Path) -> bool:
     """Whether the rows can be read without a network."""
+    if config.mix:
+        return all(is_local(member, base_dir) for member in members(config))
     return files(config, base_dir) is not None or folder(config, base_dir) is not None
 
 

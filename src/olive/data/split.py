@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from olive.config.workflow import PreProcess
-from olive.data import formats
+from olive.data.mixture import groups as groups_of
 from olive.data.template import render
 from olive.errors import ConfigError
 
@@ -43,11 +43,10 @@ def split_rows(
         raise ConfigError(f"eval_dataset_size {eval_size} is negative", fix="give a share, 0.1, or a count")
     # A share of 0.3 of 10 rows is 3, though 0.3 * 10 in floating point may be a hair more.
     wanted = math.ceil(round(eval_size * len(rows), 9)) if eval_size < 1 else int(eval_size)
-    if pre is not None:
-        pre = formats.resolve(pre, rows)
     groups: dict[str, list[int]] = {}
+    ways = {place: group.pre for group in groups_of(pre, rows) for place in group.places} if pre else {}
     for index, row in enumerate(rows):
-        groups.setdefault(_identity(row, pre), []).append(index)
+        groups.setdefault(_identity(row, ways.get(index)), []).append(index)
     if wanted >= len(rows) or len(groups) < 2:
         raise ConfigError(
             f"eval_dataset_size {eval_size} leaves nothing to train on: "

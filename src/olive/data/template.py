@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from olive.config.workflow import PreProcess
 from olive.data import formats
 from olive.data.chat import PLAIN, ChatTemplate
+from olive.data.mixture import groups, name_of, scatter
 from olive.data.spans import Span, find
 from olive.errors import ConfigError, Problem, raise_errors
 
@@ -98,7 +99,7 @@ def render(pre: PreProcess, row: Mapping[str, Any], chat: ChatTemplate | None = 
     Raises:
         ConfigError: a field is no column, a value is null, or the chat turns do not render.
     """
-    return _render(formats.resolve(pre, [row]), row, chat)
+    return _render(groups(pre, [row])[0].pre, row, chat)
 
 
 def _render(pre: PreProcess, row: Mapping[str, Any], chat: ChatTemplate | None) -> Text:
@@ -121,7 +122,11 @@ def render_all(
         ConfigError: as ``render``; one error names every kind of fault with its count and first row. A value
             that one row lacks and another has counts as null.
     """
-    pre = formats.resolve(pre, rows)
+    parts = [(group, _render_rows(group.pre, group.rows, chat)) for group in groups(pre, rows)]
+    return parts[0][1] if len(parts) == 1 else scatter(len(rows), parts)
+
+
+def _render_rows(pre: PreProcess, rows: Sequence[Mapping[str, Any]], chat: ChatTemplate | None) -> list[Text]:
     known = dict.fromkeys(name for row in rows for name in row)
     if rows:
         raise_errors(check(pre, known))
@@ -140,16 +145,16 @@ def check_turns(pre: PreProcess, rows: Sequence[Mapping[str, Any]]) -> None:
 def _each(rows: Sequence[Mapping[str, Any]], make: Callable[[Mapping[str, Any]], T]) -> list[T]:
     """What ``make`` makes of every row; one error names each kind of fault with its count and first row."""
     made: list[T] = []
-    faults: dict[str, tuple[int, int, str | None]] = {}
+    faults: dict[str, tuple[str, int, str | None]] = {}
     for index, row in enumerate(rows):
         try:
             made.append(make(row))
         except ConfigError as error:
             for problem in error.problems:
-                first, count, _ = faults.get(problem.message, (index, 0, None))
+                first, count, _ = faults.get(problem.message, (name_of(row, index), 0, None))
                 faults[problem.message] = (first, count + 1, problem.fix)
     raise_errors(
-        Problem(message, f"row {first}" + (f" and {count - 1} more" if count > 1 else ""), fix)
+        Problem(message, first + (f" and {count - 1} more" if count > 1 else ""), fix)
         for message, (first, count, fix) in faults.items()
     )
     return made

@@ -210,10 +210,17 @@ def _preview(shown: Preview) -> list[str]:
         return labelled("rows", "known when the run reads them")
     about = "about " if shown.estimated else ""
     lines = labelled("rows", f"{shown.rows:,} with columns {', '.join(shown.columns)}")
-    if shown.format:
-        found = "found in the data" if shown.detected else "named by the document"
-        lines += labelled("format", f"{shown.format}, {found}; rendered with {shown.rendering}")
-        lines += labelled("trains on", _LEARNT[shown.train_on])
+    if shown.max_rows:
+        lines += labelled("", "a random choice of the data's rows: max_rows")
+    for part in shown.parts:
+        if len(shown.parts) > 1:
+            form = part.format or "text"
+            taught = _LEARNT[part.train_on]
+            lines += labelled("from", f"{part.name}, {part.rows:,} rows, {form}, trains on {taught}")
+        elif part.format:
+            found = "found in the data" if part.detected else "named by the document"
+            lines += labelled("format", f"{part.format}, {found}; rendered with {part.rendering}")
+            lines += labelled("trains on", _LEARNT[part.train_on])
     lines += labelled(
         "tokens",
         f"{about}{shown.tokens:,} in {shown.blocks:,} blocks of up to {shown.longest_block:,}, "
