@@ -73,6 +73,10 @@ def splits(found: Recipe) -> list[str]:
     return [config["load_dataset_config"]["split"] for config in found.document["data_configs"]]
 
 
+def errors(found: Recipe) -> list[str]:
+    return [str(problem) for problem in plan(found.document).findings if problem.severity.value == "error"]
+
+
 def metric(found: Recipe) -> dict[str, Any] | None:
     name = found.document.get("evaluator")
     return None if name is None else dict(found.document["evaluators"][name]["metrics"][0])
@@ -159,7 +163,7 @@ def test_rows_that_repeat_are_split_by_the_pass(work: Path) -> None:
     assert splits(found) == ["train"]
     assert found.document["passes"]["finetune"]["eval_dataset_size"] == 12
     assert metric(found) is None
-    assert [p for p in plan(found.document).findings if p.severity.value == "error"] == []
+    assert errors(found) == []
 
 
 def test_few_rows_are_all_trained_on(work: Path) -> None:
@@ -189,6 +193,9 @@ def test_instruction_input_output(work: Path) -> None:
     assert pre(found)["text_template"] == (
         "### Instruction: {instruction}\n### Input: {input}\n### Output:\n{output}"
     )
+    found = recipe("alpaca.json", model="chat")
+    assert pre(found)["format"] == "alpaca"
+    assert errors(found) == []
 
 
 def test_a_number_may_be_the_answer(work: Path) -> None:
@@ -225,31 +232,40 @@ def conversations(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_messages_take_the_models_chat_template(work: Path) -> None:
-    found = recipe(lines("chat.jsonl", conversations(40)), model="chat")
-    assert pre(found)["chat_template"] is True
-    assert pre(found)["train_on"] == "completion"
-    assert [p for p in plan(found.document).findings if p.severity.value == "error"] == []
+def test_messages_take_the_models_chat_template(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines("chat.jsonl", conversations(40))
+    command = ["finetune", "-m", "chat", "-d", "chat.jsonl", "--precision", "none", "--max-steps", "1"]
+    assert entry(command) == 0
+    assert "the data holds conversations; rendered with the model's chat template" in capsys.readouterr().err
+    found = recipe("chat.jsonl", model="chat")
+    chat = {"format": "messages", "chat_template": True}
+    assert pre(found) == chat | {"strategy": "pack", "max_seq_len": 512}
     measured = metric(found)
     assert measured is not None
     assert measured["labels"] == ["no", "yes"]
 
 
-def test_messages_without_a_chat_template(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines("chat.jsonl", conversations(40))
-    assert entry(["finetune", "-m", "model", "-d", "chat.jsonl"]) == 2
-    told = said(capsys)
-    assert "the model's tokenizer has no chat template" in told
-    template = "{messages[0][content]}\\n{messages[1][content]}"
-    assert template in told
-    assert entry(["finetune", "-m", "model", "-d", "chat.jsonl", "--template", template, "--dry-run"]) == 0
+def test_conversations_without_a_chat_template(work: Path) -> None:
+    found = recipe(lines("chat.jsonl", conversations(40)))
+    assert pre(found)["format"] == "messages"
+    assert errors(found) == []
+    assert any("the model has no chat template" in reason for _, reason in found.reasons)
 
 
-def test_conversations_that_end_with_the_user_are_learnt_whole(work: Path) -> None:
-    rows = conversations(20)
-    rows[3]["messages"].pop()
-    found = recipe(lines("chat.jsonl", rows), model="chat")
-    assert "train_on" not in pre(found)
+def test_conversations_of_other_forms(work: Path) -> None:
+    rows = conversations(40)
+    other = [{"dialogue": row["messages"], "source": "web"} for row in rows]
+    found = recipe(lines("dialogue.jsonl", other), model="chat")
+    assert (pre(found)["format"], pre(found)["message_col"]) == ("messages", "dialogue")
+    assert errors(found) == []
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [
+        {"conversations": [{"from": names[t["role"]], "value": t["content"]} for t in row["messages"]]}
+        for row in rows
+    ]
+    found = recipe(lines("shared.jsonl", shared), model="chat")
+    assert pre(found)["format"] == "sharegpt"
+    assert errors(found) == []
 
 
 def test_a_folder_with_a_validation_part(work: Path) -> None:
@@ -276,8 +292,7 @@ def test_a_dataset_of_the_hub_by_its_template(work: Path) -> None:
     found = recipe("someone/tones", template="{phrase}: {tone}", eval_size=0.2)
     assert splits(found) == ["train[:80%]", "train[80%:]"]
     assert pre(found)["max_seq_len"] == 512
-    planned = plan(found.document)
-    assert [p for p in planned.findings if p.severity.value == "error"] == []
+    assert errors(found) == []
 
 
 @pytest.mark.parametrize(("method", "step"), [("lora", "LoRA"), ("qlora", "QLoRA"), ("full", "FullFinetune")])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from olive.config.workflow import PreProcess
+from olive.data import formats
 from olive.data.rows import Row, columns
 from olive.data.template import Text, check, fields
 from olive.errors import ConfigError, raise_errors
@@ -70,9 +71,9 @@ _COMPLETION: dict[str, Any] = {"train_on": "completion"}
 
 def _from_columns(rows: Sequence[Row], chat: bool) -> Format:
     kinds = {name: _kind(rows, name) for name in columns(rows)}
-    turns = [name for name, kind in kinds.items() if kind == "turns"]
-    if turns:
-        return _from_turns(rows, "messages" if "messages" in turns else turns[0], kinds, chat)
+    form = _chat_form(rows, kinds, chat)
+    if form is not None:
+        return form
     named = {name.lower(): name for name, kind in kinds.items() if kind in ("text", "number")}
     answer = next((named[word] for word in _ANSWERS if word in named), None)
     texts = [
@@ -107,18 +108,23 @@ def _headed(names: Sequence[str]) -> str:
     return "".join(parts) + f"### {heads[-1]}:\n{{{names[-1]}}}"
 
 
-def _from_turns(rows: Sequence[Row], name: str, kinds: Mapping[str, str], chat: bool) -> Format:
-    if not chat:
-        raise _undecided(
-            f"column {name} holds chat turns, and the model's tokenizer has no chat template", kinds, [name]
-        )
-    settings: dict[str, Any] = {"chat_template": True}
-    if name != "messages":
-        settings["message_col"] = name
-    why = f"column {name} holds chat turns, and the model has a chat template"
-    if all(row.get(name) and row[name][-1]["role"] == "assistant" for row in rows):
-        return Format(settings | _COMPLETION, f"{why}; the last turn of each is learnt")
-    return Format(settings, f"{why}; some do not end with the assistant, so every turn is learnt")
+def _chat_form(rows: Sequence[Row], kinds: Mapping[str, str], chat: bool) -> Format | None:
+    """Chat data in a form that the data room knows; None where there is none or a template does better."""
+    turns = [name for name, kind in kinds.items() if kind == "turns"]
+    column = "messages" if "messages" in turns or not turns else turns[0]
+    try:
+        form = formats.resolve(PreProcess(format="auto", message_col=column), rows).format
+    except ConfigError:  # none, or several
+        form = "messages" if turns else None
+    talk = form in ("messages", "sharegpt")
+    if form is None or not (chat or talk):
+        return None
+    settings: dict[str, Any] = {"format": form} | ({"chat_template": True} if chat else {})
+    if form == "messages" and column != "messages":
+        settings["message_col"] = column
+    what = "the data holds conversations" if talk else "the columns are those of this form"
+    how = "the model's chat template" if chat else "plain paragraphs, since the model has no chat template"
+    return Format(settings, f"{what}; rendered with {how}; the assistant's part is learnt")
 
 
 def _kind(rows: Iterable[Row], name: str) -> str:
@@ -139,9 +145,7 @@ def _are_turns(value: Any) -> bool:
 
 def _undecided(message: str, kinds: Mapping[str, str], texts: Sequence[str] = ()) -> ConfigError:
     there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-    turns = [f"{name}[{index}][content]" for name in texts if kinds[name] == "turns" for index in (0, 1)]
-    guess = "{" + "}\\n{".join(turns) + "}" if turns else _headed(texts or ["question", "answer"])
-    shown = guess.replace("\n", "\\n")
+    shown = _headed(texts or ["question", "answer"]).replace("\n", "\\n")
     return ConfigError(
         f"{message}; the columns are {there}",
         where="--data",
@@ -151,7 +155,7 @@ def _undecided(message: str, kinds: Mapping[str, str], texts: Sequence[str] = ()
 
 def label_set(texts: Sequence[Text], settings: Mapping[str, Any]) -> list[str] | None:
     """The label set, when the completions are one: at most 20, short, one line, and each used often."""
-    if settings.get("train_on") != "completion":
+    if settings.get("train_on") != "completion" and not settings.get("chat_template"):
         return None
     distinct = sorted({text.answer.strip() for text in texts})
     few = 2 <= len(distinct) <= min(20, len(texts) // 4)
