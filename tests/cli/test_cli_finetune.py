@@ -295,12 +295,13 @@ def test_a_dataset_of_the_hub_by_its_template(work: Path) -> None:
     assert errors(found) == []
 
 
-@pytest.mark.parametrize(("method", "step"), [("lora", "LoRA"), ("qlora", "QLoRA"), ("full", "FullFinetune")])
-def test_method_to_pass(work: Path, method: str, step: str) -> None:
-    found = recipe(lines("tones.jsonl", tones()), method=method, precision="none")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_plans(work: Path, method: str) -> None:
+    found = recipe(lines("tones.jsonl", tones()), method=method)
+    assert errors(found) == []
     passes = found.document["passes"]
-    assert passes["finetune"]["type"] == step
-    assert list(passes) == (["finetune"] if method == "full" else ["finetune", "merge"])
+    assert passes["finetune"]["type"] == METHODS[method].type
+    assert list(passes) == (["finetune", "export"] if method == "full" else ["finetune", "merge", "export"])
     assert passes["finetune"]["training_args"]["learning_rate"] == (2e-5 if method == "full" else 2e-4)
     assert ("r" in passes["finetune"]) == (method != "full")
 
