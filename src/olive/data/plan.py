@@ -10,10 +10,12 @@ from typing import Any
 from olive.config.base import Frozen
 from olive.config.workflow import DataConfig, PreProcess
 from olive.data.blocks import Blocks, build, build_held_out, settings_missing
+from olive.data.formats import turns
 from olive.data.mixture import Group, MixedRow, groups
 from olive.data.rows import columns, is_local, read, where
+from olive.data.runtime import Question
 from olive.data.split import split_rows
-from olive.data.template import check, check_turns, render_all
+from olive.data.template import Text, check, check_turns, render_all
 from olive.data.tokens import LightTokenizer, load
 from olive.errors import OliveError, Problem, Severity, raise_errors
 
@@ -87,6 +89,7 @@ def preview(
     *,
     eval_size: float = 0,
     seed: int | None = None,
+    runtime: bool = False,
 ) -> Preview:
     """Look at a data config as training will.
 
@@ -96,18 +99,25 @@ def preview(
         tokenizer_folder: the model's folder; None leaves the token counts at 0.
         eval_size: as ``eval_dataset_size``: what is split off before the blocks are made.
         seed: the training's seed; None where it has none.
+        runtime: ask ONNX Runtime GenAI too how it reads the first row; what it reads otherwise is an error
+            among the problems.
 
     Raises:
         OliveError: anything that would fail at the run; every fault found is in the one error.
     """
     try:
-        return _preview(config, base_dir, tokenizer_folder, eval_size, seed)
+        return _preview(config, base_dir, tokenizer_folder, eval_size, seed, runtime)
     except OliveError as error:
         raise type(error)(problems=[_located(problem, config) for problem in error.problems]) from error
 
 
 def _preview(
-    config: DataConfig, base_dir: Path, tokenizer_folder: Path | None, eval_size: float, seed: int | None
+    config: DataConfig,
+    base_dir: Path,
+    tokenizer_folder: Path | None,
+    eval_size: float,
+    seed: int | None,
+    runtime: bool,
 ) -> Preview:
     pre = config.pre_process_data_config
     missing = settings_missing(pre)
@@ -137,12 +147,16 @@ def _preview(
         return Preview(**found)
     sample = tokenizer.encode_row(text, first.pre)
     found |= {"ids": tuple(sample.ids), "labels": tuple(sample.labels)}
-    counts, blocks = _counts(train, config, tokenizer, seed)
-    problems = [*blocks.notes]
-    if evaluation:
-        held, held_blocks = _counts(evaluation, config, tokenizer, seed, held_out=True)
-        found["eval_blocks"] = held["blocks"]
-        problems += [replace(note, message=f"evaluation part: {note.message}") for note in held_blocks.notes]
+    with _question(first.pre, rows[0], text, tokenizer, tokenizer_folder if runtime else None) as asked:
+        counts, blocks = _counts(train, config, tokenizer, seed)
+        problems = [*blocks.notes]
+        if evaluation:
+            held, held_blocks = _counts(evaluation, config, tokenizer, seed, held_out=True)
+            found["eval_blocks"] = held["blocks"]
+            problems += [
+                replace(note, message=f"evaluation part: {note.message}") for note in held_blocks.notes
+            ]
+        problems += asked.problems(tokenizer.encode(text.full), text.prompt or None)
     located = tuple(_located(problem, config) for problem in problems)
     return Preview(**found, **counts, problems=located)
 
@@ -175,6 +189,17 @@ def _part(config: DataConfig, group: Group, tokenizer: LightTokenizer | None) ->
             else "plain paragraphs: it has no chat template",
         }
     )
+
+
+def _question(
+    pre: PreProcess, row: Mapping[str, Any], text: Text, tokenizer: LightTokenizer, folder: Path | None
+) -> Question:
+    """The first row, for the runtime to read; with its prompt's turns where a chat template renders them."""
+    template = pre.chat_template if isinstance(pre.chat_template, str) else None
+    template = template or (tokenizer.chat.source if tokenizer.chat else None)
+    if not chats(pre) or not text.prompt or template is None:
+        return Question(folder, text.full)
+    return Question(folder, text.full, template, turns(pre, row)[:-1])
 
 
 def _all_members(config: DataConfig) -> Iterator[DataConfig]:
