@@ -33,7 +33,8 @@ TEMPLATES = {
     )
     + PROMPT,
     "marked": "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}"
-    "{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}\n{% endfor %}",
+    "{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}{{ '\\n' }}"
+    "{% endfor %}" + PROMPT,
     "marked without the end": "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}"
     "{%- generation -%}{{ m.content }}{%- endgeneration -%}{% else %}{{ m.content }}{% endif %}"
     "<|end|>\n{% endfor %}",
@@ -228,3 +229,18 @@ def example() -> LightTokenizer:
     if not _example:
         _example.append(load(EXAMPLE))
     return _example[0]
+
+
+def test_marks_give_the_mask_that_transformers_gives(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = tiny_tokenizer(tmp_path, chat_template=TEMPLATES["marked"])
+    turns = [{"role": role, "content": f"the rain {n}"} for n, role in enumerate(("user", "assistant") * 2)]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    tokenizer = load(folder)
+    encoded = tokenizer.encode_row(render(PRE, {"messages": turns}, tokenizer.chat), PRE)
+    assert encoded.ids == theirs["input_ids"]
+    assert [int(label != IGNORE) for label in encoded.labels] == theirs["assistant_masks"]
+    plain = ChatTemplate(TEMPLATES["plain"])
+    assert tokenizer.encode_row(render(PRE, {"messages": turns}, plain), PRE) == encoded

@@ -15,6 +15,7 @@ from olive.data.template import Text
 from olive.errors import ConfigError
 
 IGNORE = labels.IGNORE
+_AT_ONCE = 1024  # texts whose offsets are in memory together
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -139,13 +140,19 @@ class LightTokenizer:
 
     def _spanned(self, texts: list[Text], pre: PreProcess) -> list[Encoded]:
         # A post-processor may cut spaces off the offsets, and does nothing else here.
-        processor = self._backend.post_processor
+        processor, made = self._backend.post_processor, []
         try:
             self._backend.post_processor = None
-            whole = self._backend.encode_batch([text.full for text in texts], add_special_tokens=False)
+            for start in range(0, len(texts), _AT_ONCE):
+                some = texts[start : start + _AT_ONCE]
+                whole = self._backend.encode_batch([text.full for text in some], add_special_tokens=False)
+                made += [
+                    self._label(text, one.ids, one.offsets, pre)
+                    for text, one in zip(some, whole, strict=True)
+                ]
         finally:
             self._backend.post_processor = processor
-        return [self._label(text, one.ids, one.offsets, pre) for text, one in zip(texts, whole, strict=True)]
+        return made
 
     def _label(self, text: Text, ids: list[int], offsets: labels.Offsets, pre: PreProcess) -> Encoded:
         marked, eos = labels.label(text, ids, offsets, self._special)
