@@ -115,6 +115,24 @@ def test_document_b_on_a_gpu_is_refused_at_plan(tmp_path: Path) -> None:
     assert "CPUExecutionProvider" in done.stderr
 
 
+def test_the_published_document_with_qlora_runs_to_int4(tmp_path: Path) -> None:
+    folder = tiny_workspace(tmp_path)
+    document = json.loads((folder / "olive-config.json").read_text())
+    lora = document["passes"]["lora"]
+    lora["type"] = "QLoRA"
+    lora["config"] |= {"compute_dtype": "float32", "quant_type": "nf4", "double_quant": True}
+    (folder / "q.json").write_text(json.dumps(document))
+    done = olive("run", "--config", "q.json", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "`compute_dtype` is now `torch_dtype`" in done.stderr
+    result = json.loads(
+        (folder.parent / "model-cache" / "models" / "phi3-finetuned" / "run.json").read_text()
+    )
+    gates = {gate["gate"]: gate["figures"] for step in result["steps"] for gate in step["gates"]}
+    assert gates["merge"]["kl"] < 1e-6
+    assert gates.keys() == {"merge", "parity", "bundle"}
+
+
 @pytest.mark.full
 def test_document_a_on_the_whole_data(tmp_path: Path) -> None:
     folder = workspace(tmp_path, rows=None)

@@ -97,7 +97,9 @@ def test_lora_linear_equals_plain(drop: float) -> None:
         return functional.linear(x, weight.double(), bias.double()) + 0.5 * (dropped @ a.T) @ b.T
 
     both(
-        lambda x, a, b: fused.LoraLinear.apply(x, lambda: weight, bias, a, b, keep, 0.5, grow),
+        lambda x, a, b: fused.LoraLinear.apply(
+            x, lambda: weight, bias, a, b, fused.Factors(a, b), keep, 0.5 * grow
+        ),
         plain,
         x,
         torch.randn(3, 6),
@@ -157,6 +159,17 @@ def test_attention_of_bfloat16_is_computed_in_float32() -> None:
     torch.testing.assert_close(got.float(), wanted, rtol=4e-3, atol=1e-4)
 
 
+def test_factors_are_converted_once_a_generation() -> None:
+    a, b = torch.ones(2, 4), torch.ones(6, 2)
+    factors = fused.Factors(a, b)
+    first = factors.scaled(torch.bfloat16, 0.5)
+    a += 1
+    assert factors.scaled(torch.bfloat16, 0.5)[0] is first[0]
+    assert float(factors.scaled(torch.float32, 0.5)[0][0, 0]) == 1.0
+    fused.Factors.generation += 1
+    assert float(factors.scaled(torch.float32, 2.0)[0][0, 0]) == 4.0
+
+
 def test_buckets_hold_like_lengths() -> None:
     lengths = [20, 900, 21, 870, 300, 7]
     groups = attention.bucket(lengths)
@@ -168,7 +181,7 @@ def test_buckets_hold_like_lengths() -> None:
 def test_loss_equals_plain_over_several_chunks(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(6)
     monkeypatch.setattr(loss, "_ROWS", 17)
-    monkeypatch.setattr(loss, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(loss, "_BLOCK_BYTES", {"cpu": 1})
     weight, bias = torch.randn(700, 12) * 3, torch.randn(700)
     labels = torch.randint(0, 700, (53,))
     labels[::3] = loss.IGNORE

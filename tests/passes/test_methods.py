@@ -36,8 +36,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "loha": ("LoHa", {"training_args": FASTER}),
     "lokr": ("LoKr", {}),
     "lokr-both": ("LoKr", {"decompose_both": True, "decompose_factor": 8, "r": 2, "training_args": FASTER}),
-    "qlora-nf4": ("QLoRA", {}),
-    "qlora-fp4": ("QLoRA", {"quant_type": "fp4", "double_quant": False}),
+    "qlora-nf4": ("QLoRA", {"double_quant": True}),
+    "qlora-fp4": ("QLoRA", {"quant_type": "fp4"}),
     "qlora-int8": ("QLoRA", {"quant_type": "int8"}),
     "loftq": ("LoftQ", {"loftq_iter": 2}),
 }

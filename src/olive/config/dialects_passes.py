@@ -29,9 +29,8 @@ TYPES_RENAMED: dict[str, str] = {
     "genaimodelexporter": "ModelBuilder",
     "mergeloraweights": "MergeAdapterWeights",
 }
-RENAMED: dict[str, dict[str, str]] = {
-    "LoRA": {"lora_r": "r", "lora_alpha": "alpha"},
-}
+TUNING = ("LoRA", "QLoRA", "DoRA", "LoHa", "LoKr", "LoftQ")
+RENAMED: dict[str, dict[str, str]] = dict.fromkeys(TUNING, {"lora_r": "r", "lora_alpha": "alpha"})
 NEVER_LORA = "never had a meaning on LoRA; it belongs to QLoRA"
 ENTRY_WITHOUT_EFFECT: dict[str, str] = {
     "disable_search": "has no effect: there is no search in this version",
@@ -44,21 +43,20 @@ ENTRY_WITHOUT_EFFECT: dict[str, str] = {
     "external_data_name": "has no effect: the name is chosen by the exporter",
     "convert_attribute": "has no effect",
 }
-WITHOUT_EFFECT: dict[str, dict[str, str]] = {
-    "LoRA": {
-        "double_quant": NEVER_LORA,
-        "quant_type": NEVER_LORA,
-        "compute_dtype": NEVER_LORA,
-        "use_ort_trainer": "has no effect: training runs on PyTorch",
-        "ephemeral_gpu_offload": "has no effect in this version",
-        "save_quant_config": NEVER_LORA,
-        "allow_tf32": "has no effect: TF32 is used where the device has it",
-        "user_script": "has no effect: no code of your own runs here",
-        "script_dir": "has no effect: no code of your own runs here",
-    },
+_TUNING_WITHOUT_EFFECT: dict[str, str] = {
+    "use_ort_trainer": "has no effect: training runs on PyTorch",
+    "ephemeral_gpu_offload": "has no effect in this version",
+    "save_quant_config": "has no effect: the adapter says what its base was rounded to",
+    "allow_tf32": "has no effect: TF32 is used where the device has it",
+    "user_script": "has no effect: no code of your own runs here",
+    "script_dir": "has no effect: no code of your own runs here",
+}
+WITHOUT_EFFECT: dict[str, dict[str, str]] = dict.fromkeys(TUNING, _TUNING_WITHOUT_EFFECT) | {
+    "LoRA": _TUNING_WITHOUT_EFFECT
+    | dict.fromkeys(("double_quant", "quant_type", "compute_dtype", "save_quant_config"), NEVER_LORA)
 }
 # What a setting meant when Olive 0.6 and earlier were not told otherwise; written out where it differs today.
-OLD_DEFAULTS: dict[str, dict[str, Any]] = {"LoRA": {"r": 64, "alpha": 16, "lora_dropout": 0.0}}
+OLD_DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys(TUNING, {"r": 64, "alpha": 16, "lora_dropout": 0.0})
 OLD_TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -127,7 +125,7 @@ def _pass(context: Context, name: str, entry: Node) -> None:
     reasons = ENTRY_WITHOUT_EFFECT | WITHOUT_EFFECT.get(kind, {})
     drop_all(entry, {key: why for key, why in reasons.items() if key not in known}, findings)
     bias = entry.members.get("bias")
-    if bias is not None and bias.value == "none" and kind == "LoRA" and "bias" not in known:
+    if bias is not None and bias.value == "none" and kind in TUNING and "bias" not in known:
         drop(entry, "bias", findings, '"none" is the default: no bias is trained')
     hoist(entry, "evaluator", section(root, "evaluators", {}), f"{name}_evaluator", findings, "an evaluator")
     hoist(entry, "host", section(root, "systems", {}), f"{name}_system", findings, "a `host` system")
@@ -196,7 +194,7 @@ def _old_defaults(context: Context, entry: Node, kind: str, params: type[PassPar
         ):
             entry.value[key] = Node(value, entry.origin)
             kept.append(f"{key} {value}")
-    if kind == "LoRA" and "training_args" in params.model_fields:
+    if kind in TUNING and "training_args" in params.model_fields:
         arguments = entry.value.setdefault("training_args", Node({}, entry.origin))
         if arguments.value is None:
             arguments.value = {}

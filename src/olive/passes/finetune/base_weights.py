@@ -1,7 +1,7 @@
 """A base whose linear layers are rounded before training. Imported only where torch already is.
 
-The codes are this project's own (``olive.quantization.blockwise``), the same on every device; on CUDA they
-are expanded by the kernels of bitsandbytes. Where memory is plenty, the expanded weights are kept instead:
+The codes are this project's own (``olive.quantization.blockwise``), the same on every device; on CUDA one
+kernel expands them, scales of scales included. Where memory is plenty, the expanded weights are kept instead:
 the numbers are the same, and nothing is expanded in every product.
 """
 
@@ -18,10 +18,7 @@ from olive.models.seen import Seen
 from olive.passes.adapters.stream import LazyTensors
 from olive.quantization.blockwise import (
     Quantised,
-    block_scales,
-    codes_of,
     dequantise,
-    dynamic_codes,
     quantise,
 )
 
@@ -43,18 +40,14 @@ class QuantisedLinear(nn.Linear):
         self.weight = nn.Parameter(value.codes, requires_grad=False)
         frozen = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
         self.register_parameter("bias", frozen)
-        self._state: Any = None
 
     def dense(self) -> torch.Tensor:
         """The (out, in) weight, expanded."""
         if self.weight.device.type != "cuda" or self.value.scheme.kind == "int8":
             return dequantise(self.value, self.dtype)
-        if self._state is None:
-            self._state = _state(self.value, self.dtype)
-        from bitsandbytes.functional import dequantize_4bit
+        from olive.passes.finetune.gpu_kernels import expand
 
-        expanded: torch.Tensor = dequantize_4bit(self.value.codes.view(-1, 1), self._state)
-        return expanded
+        return expand(self.value, self.dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input W^T + bias``."""
@@ -64,7 +57,7 @@ class QuantisedLinear(nn.Linear):
         """Follow the model to another device; scales keep their dtype whatever the model is cast to."""
         device = fn(torch.empty(0, device=self.weight.device)).device
         if device != self.weight.device:
-            self.value, self._state = self.value.to(device), None
+            self.value = self.value.to(device)
             self.weight.data = self.value.codes
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
@@ -120,26 +113,3 @@ def linear_names(model: Any, spared: Iterable[str] = (), *, quantised: bool = Fa
         and layer is not head
         and not any(name == end or name.endswith(f".{end}") for end in ends)
     ]
-
-
-def _state(value: Quantised, dtype: torch.dtype) -> Any:
-    """What bitsandbytes calls the state of ``value``."""
-    from bitsandbytes.functional import QuantState
-
-    device = value.codes.device
-    common = {
-        "shape": torch.Size(value.shape),
-        "code": codes_of(value.scheme.kind, str(device)),
-        "blocksize": value.scheme.block,
-        "quant_type": value.scheme.kind,
-        "dtype": dtype,
-    }
-    if value.outer is None or value.offset is None:
-        return QuantState(absmax=block_scales(value), **common)
-    outer = QuantState(
-        absmax=value.outer,
-        code=torch.tensor(dynamic_codes(), device=device),
-        blocksize=256,
-        dtype=torch.float32,
-    )
-    return QuantState(absmax=value.scales, offset=value.offset, state2=outer, **common)

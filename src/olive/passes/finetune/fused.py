@@ -9,10 +9,17 @@ Imported only where torch is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
+
+
+def gpu() -> Any:
+    """The kernels of a GPU."""
+    from olive.passes.finetune import gpu_kernels
+
+    return gpu_kernels
 
 
 class RMSNormFrozen(torch.autograd.Function):
@@ -21,6 +28,10 @@ class RMSNormFrozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Autograd's forward."""
+        if x.is_cuda:
+            out, scale = gpu().norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return out
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -33,6 +44,8 @@ class RMSNormFrozen(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Autograd's backward."""
         x, weight, scale = ctx.saved_tensors
+        if x.is_cuda:
+            return gpu().norm_backward(grads[0], x, weight, scale), None, None
         grad = grads[0].float() * weight
         wide = x.float()
         dot = (grad * wide).sum(-1, keepdim=True)
@@ -47,6 +60,8 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
         """Autograd's forward."""
         ctx.save_for_backward(both)
+        if both.is_cuda:
+            return gpu().gated_silu(*both.chunk(2, -1))
         gate, up = both.chunk(2, -1)
         return functional.silu(gate).mul_(up)
 
@@ -57,6 +72,9 @@ class SwiGLU(torch.autograd.Function):
         gate, up = both.chunk(2, -1)
         result = torch.empty_like(both)
         into_gate, into_up = result.chunk(2, -1)
+        if both.is_cuda:
+            gpu().gated_silu_backward(grads[0], gate, up, into_gate, into_up)
+            return result
         torch.mul(grads[0], functional.silu(gate), out=into_up)
         torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=into_gate)
         return result
@@ -69,12 +87,18 @@ class GatedSiLU(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Autograd's forward."""
         ctx.save_for_backward(gate, up)
+        if gate.is_cuda:
+            return gpu().gated_silu(gate, up)
         return functional.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Autograd's backward."""
         gate, up = ctx.saved_tensors
+        if gate.is_cuda:
+            pair = torch.empty_like(gate), torch.empty_like(up)
+            gpu().gated_silu_backward(grads[0], gate, up, *pair)
+            return pair
         into_up = functional.silu(gate).mul_(grads[0])
         return torch.ops.aten.silu_backward(grads[0] * up, gate), into_up
 
@@ -100,6 +124,8 @@ class SplitRotate(torch.autograd.Function):
         """Autograd's forward."""
         ctx.save_for_backward(cos, sin)
         ctx.heads, ctx.key_heads = heads, key_heads
+        if qkv.is_cuda:
+            return gpu().split_rotate(qkv, cos, sin, heads, key_heads)
         split = qkv.view(qkv.shape[0], heads + 2 * key_heads, -1)
         turned = torch.empty_like(split[:, : heads + key_heads])
         _rotate(split[:, : heads + key_heads], cos[:, None], sin[:, None], turned, 1)
@@ -110,6 +136,9 @@ class SplitRotate(torch.autograd.Function):
         """Autograd's backward."""
         cos, sin = ctx.saved_tensors
         query, key, value = grads
+        if query.is_cuda:
+            joined = gpu().rotate_back(query, key, value, cos, sin)
+            return joined, None, None, None, None
         result = torch.empty(
             query.shape[0],
             ctx.heads + 2 * ctx.key_heads,
@@ -123,12 +152,39 @@ class SplitRotate(torch.autograd.Function):
         return result.view(query.shape[0], -1), None, None, None, None
 
 
+class Factors:
+    """A low-rank pair in the dtype of the activations, converted once a ``generation``.
+
+    Fused optimizers leave no trace on the parameters they change, so whoever steps one raises ``generation``.
+
+    Args:
+        a: (rank, in) parameter.
+        b: (out, rank) parameter.
+    """
+
+    generation: ClassVar[int] = 0
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        self.a, self.b = a, b
+        self._made_of: tuple[Any, ...] = ()
+        self._pair = (a, b)
+
+    def scaled(self, dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """``factor * A`` and ``B`` in ``dtype``."""
+        made_of = (Factors.generation, dtype, factor)
+        if made_of != self._made_of:
+            with torch.no_grad():
+                self._pair = (self.a * factor).to(dtype), self.b.to(dtype)
+            self._made_of = made_of
+        return self._pair
+
+
 class LoraLinear(torch.autograd.Function):
     """``x W^T + bias + scale * dropout(x) A^T B^T`` with W frozen (Hu et al. 2021, arXiv:2106.09685).
 
     ``keep`` is the dropout mask over the rows of x as bool, or None. Keeps the dropped x, the mask and the
     (tokens, rank) product. ``weight`` gives W; it is asked again in the backward, so that a quantised W is
-    never kept expanded.
+    never kept expanded. ``factors`` gives A and B, passed too so that their gradients are asked for.
     """
 
     @staticmethod
@@ -139,38 +195,48 @@ class LoraLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
+        factors: Factors,
         keep: torch.Tensor | None,
-        scale: float,
-        grow: float,
+        factor: float,
     ) -> torch.Tensor:
         """Autograd's forward."""
         flat = x.reshape(-1, x.shape[-1])
         out = functional.linear(flat, weight(), bias)
         if keep is not None:
             flat = keep.to(x.dtype).mul_(flat)
-        low = functional.linear(flat, a.to(x.dtype))
-        out.addmm_(low, b.to(x.dtype).t(), alpha=scale * grow)
-        ctx.save_for_backward(flat, a, b, keep, low)
-        ctx.weight, ctx.factor, ctx.shape = weight, scale * grow, x.shape
+        down, up = factors.scaled(x.dtype, factor)
+        low = functional.linear(flat, down)
+        out.addmm_(low, up.t())
+        ctx.save_for_backward(flat, keep, low)
+        ctx.weight, ctx.factors, ctx.factor, ctx.shape = weight, factors, factor, x.shape
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Autograd's backward."""
-        flat, a, b, keep, low = ctx.saved_tensors
+        flat, keep, low = ctx.saved_tensors
+        factors: Factors = ctx.factors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        down = (grad @ b.to(grad.dtype)).mul_(ctx.factor)
-        into_b = (grad.t() @ low).mul_(ctx.factor).to(b.dtype)
-        into_a = (down.t() @ flat).to(a.dtype)
+        down, up = factors.scaled(grad.dtype, ctx.factor)
+        into_low = grad @ up
+        into_b = _wide_product(grad, low, factors.b.dtype)
+        into_a = _wide_product(into_low, flat, factors.a.dtype).mul_(ctx.factor)
         into_x = None
         if ctx.needs_input_grad[0]:
             into_x = grad @ ctx.weight()
             if keep is None:
-                into_x.addmm_(down, a.to(grad.dtype))
+                into_x.addmm_(into_low, down)
             else:
-                into_x.addcmul_(down @ a.to(grad.dtype), keep.to(grad.dtype))
+                into_x.addcmul_(into_low @ down, keep.to(grad.dtype))
             into_x = into_x.view(ctx.shape)
         return into_x, None, None, into_a, into_b, None, None, None
+
+
+def _wide_product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``left^T right`` in ``dtype``; a GPU sums up and stores in float32 at once."""
+    if left.is_cuda and dtype == torch.float32 and left.dtype != dtype:
+        return torch.mm(left.t(), right, out_dtype=dtype)
+    return (left.t() @ right).to(dtype)
 
 
 def random_keep(like: torch.Tensor, drop: float) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 IGNORE = -100
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 _ROWS = 4096
 
 
@@ -64,7 +64,7 @@ def _sweep(
         ``pulling``; both float32.
     """
     rows = hidden.shape[0]
-    size = max(256, _BLOCK_BYTES // (4 * max(1, rows)))
+    size = max(256, _BLOCK_BYTES.get(hidden.device.type, 64 << 20) // (4 * max(1, rows)) // 256 * 256)
     top = torch.full((rows, 1), -torch.inf, device=hidden.device)
     mass = torch.zeros_like(top)
     pull = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)

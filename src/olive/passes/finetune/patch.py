@@ -149,6 +149,7 @@ def _lora(module: nn.Module) -> Callable[..., Any] | None:
         return None
     probability = float(getattr(drop, "p", 0.0))
     scale = float(module.scaling[name])
+    factors = fused.Factors(low.weight, high.weight)
 
     def forward(self: Any, plain: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or self.disable_adapters or self.merged:
@@ -157,6 +158,8 @@ def _lora(module: nn.Module) -> Callable[..., Any] | None:
         keep = fused.random_keep(x.reshape(-1, x.shape[-1]), probability) if dropping else None
         grow = 65536 / (65536 - round(probability * 65536)) if dropping else 1.0
         weight = partial(dense_weight, base)
-        return fused.LoraLinear.apply(x, weight, base.bias, low.weight, high.weight, keep, scale, grow)
+        return fused.LoraLinear.apply(
+            x, weight, base.bias, low.weight, high.weight, factors, keep, scale * grow
+        )
 
     return forward

@@ -32,7 +32,7 @@ class QuantisedParams(LoraParams):
     quant_type: Literal["nf4", "fp4", "int8"] = Field(
         "nf4", description="Grid of the base: nf4 and fp4 in blocks of 64, int8 a scale a row."
     )
-    double_quant: bool = Field(True, description="Store the scales of 4-bit blocks in 8 bits.")
+    double_quant: bool = Field(False, description="Store the scales of 4-bit blocks in 8 bits.")
     torch_dtype: Dtype | None = Field(
         None,
         validation_alias=AliasChoices("torch_dtype", "compute_dtype"),

@@ -19,6 +19,7 @@ from olive.errors import PassFailed
 from olive.passes.base import Progress
 from olive.passes.finetune import checkpoints
 from olive.passes.finetune.batches import Blocks, Order, collate
+from olive.passes.finetune.fused import Factors
 from olive.passes.finetune.loss import IGNORE, head_is_plain, linear_cross_entropy, reference_loss
 from olive.store.journal import Checkpoint, Journal
 
@@ -113,7 +114,7 @@ class PackedTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.best: dict[str, torch.Tensor] | None = None
-        self.step_loss = 0.0
+        self.losses: list[torch.Tensor] = []
         self.step_tokens = 0
         self._step_labels = 0
 
@@ -140,17 +141,25 @@ class PackedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """One forward and backward; stops on a loss that is no number."""
+        """One forward and backward; the loss is read when the step ends."""
         self.step_tokens += inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        value = float(loss)
-        if not math.isfinite(value):
+        # read at the end of the step: asking now would hold up what a GPU has yet to be given
+        self.losses.append(loss.detach())
+        return loss
+
+    def read_losses(self) -> float:
+        """The loss of the step that ends; stops on one that is no number, before anything is saved."""
+        values = [float(loss) for loss in self.losses]
+        self.losses.clear()
+        bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is not None:
             raise PassFailed(
-                f"the loss became {value} in step {self.state.global_step + 1}",
+                f"the loss became {values[bad]} in step {self.state.global_step}"
+                + (f", forward pass {bad + 1} of {len(values)}" if len(values) > 1 else ""),
                 fix="Lower learning_rate, or train in float32.",
             )
-        self.step_loss += value
-        return loss
+        return sum(values)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """4 a parameter and token: the weights are frozen, so there is no gradient of them."""
@@ -254,27 +263,30 @@ class _Follow(TrainerCallback):
         self.began = self.saved = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        Factors.generation += 1
         self.began = time.perf_counter()
-        self.trainer.step_loss, self.trainer.step_tokens = 0.0, 0
+        self.trainer.step_tokens = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rate = float(self.trainer._get_learning_rate())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        trainer, now = self.trainer, time.perf_counter()
+        Factors.generation += 1
+        trainer = self.trainer
+        step_loss, now = trainer.read_losses(), time.perf_counter()
         speed = trainer.step_tokens / max(now - self.began, 1e-9)
         trainer.curve.tokens += trainer.step_tokens
         trainer.curve.seconds += now - self.began
         trainer.curve.points.append(
             {
                 "step": state.global_step,
-                "loss": trainer.step_loss,
+                "loss": step_loss,
                 "tokens_per_second": speed,
                 "learning_rate": self.rate,
             }
         )
         trainer.progress.update(
-            state.global_step, loss=round(trainer.step_loss, 4), tokens_per_second=round(speed, 1)
+            state.global_step, loss=round(step_loss, 4), tokens_per_second=round(speed, 1)
         )
         if self.save_seconds is not None:
             last = state.global_step >= state.max_steps
