@@ -22,7 +22,7 @@ from olive.passes.base import PassContext
 from olive.passes.finetune.lora import LoRA
 from olive.store.journal import Journal
 from tiny import tiny_llama, tiny_phi3
-from training_kit import context, data, rows
+from training_kit import Notes, context, data, rows
 
 
 def params(**changes: Any) -> LoRA.Params:
@@ -242,6 +242,41 @@ def test_unknown_training_argument_is_refused_with_a_suggestion(tmp_path: Path) 
     base = tiny_phi3(tmp_path / "base")
     with pytest.raises(ConfigError, match="learning_rte"):
         train(base, tmp_path, data(rows(tmp_path)), params(training_args={"learning_rte": 1.0}))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path: Path, number: int) -> None:
+    class Arrived(BaseException):
+        pass
+
+    def arrive(*_: object) -> None:
+        raise Arrived
+
+    class Interrupting(Notes):
+        def update(self, done: int, **fields: float | str) -> None:
+            super().update(done, **fields)
+            if done == 2 and "loss" in fields and not self.notes:
+                os.kill(os.getpid(), number)
+
+    base = tiny_phi3(tmp_path / "base")
+    before = signal.signal(number, arrive)
+    try:
+        ctx = context(tmp_path, data(rows(tmp_path)))
+        ctx.progress = Interrupting()
+        wanted = params(training_args={"max_steps": 6})
+        with pytest.raises(Arrived):
+            LoRA().run(Artifact(kind=Kind.HF, path=base, digest="0" * 64), wanted, ctx)
+        assert signal.getsignal(number) is arrive
+    finally:
+        signal.signal(number, before)
+    newest = ctx.journal.newest()
+    assert newest is not None
+    assert 2 <= newest.step <= 3
+    assert any("checkpoint" in note for note in ctx.progress.notes)
+    calm = train(base, tmp_path / "calm", data(rows(tmp_path)), wanted)
+    ctx.progress = Notes()
+    LoRA().run(Artifact(kind=Kind.HF, path=base, digest="0" * 64), wanted, ctx)
+    assert [p["loss"] for p in ctx.series["loss"]] == [p["loss"] for p in calm.series["loss"]]
 
 
 def test_nan_loss_stops(tmp_path: Path) -> None:

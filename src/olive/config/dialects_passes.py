@@ -30,7 +30,7 @@ TYPES_RENAMED: dict[str, str] = {
     "mergeloraweights": "MergeAdapterWeights",
 }
 TUNING = ("LoRA", "QLoRA", "DoRA", "LoHa", "LoKr", "LoftQ")
-RENAMED: dict[str, dict[str, str]] = dict.fromkeys(TUNING, {"lora_r": "r", "lora_alpha": "alpha"})
+RENAMED: dict[str, dict[str, str]] = {kind: {"lora_r": "r", "lora_alpha": "alpha"} for kind in TUNING}
 NEVER_LORA = "never had a meaning on LoRA; it belongs to QLoRA"
 ENTRY_WITHOUT_EFFECT: dict[str, str] = {
     "disable_search": "has no effect: there is no search in this version",
@@ -56,7 +56,9 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = dict.fromkeys(TUNING, _TUNING_WITHOU
     | dict.fromkeys(("double_quant", "quant_type", "compute_dtype", "save_quant_config"), NEVER_LORA)
 }
 # What a setting meant when Olive 0.6 and earlier were not told otherwise; written out where it differs today.
-OLD_DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys(TUNING, {"r": 64, "alpha": 16, "lora_dropout": 0.0})
+OLD_DEFAULTS: dict[str, dict[str, Any]] = {
+    kind: {"r": 64, "alpha": 16, "lora_dropout": 0.0} for kind in TUNING
+}
 OLD_TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,

@@ -207,13 +207,19 @@ def _previews(
     workflow = loaded.workflow
     used = {name for entry in workflow.passes.values() for name in data_names(entry)}
     used |= {m.data_config for e in workflow.evaluators.values() for m in e.metrics if m.data_config}
+    exported = any(resolve(entry.type).produces is Kind.GENAI for entry in workflow.passes.values())
     previews: dict[str, Preview] = {}
     for config in workflow.data_configs:
         if config.name in used and info is not None:
             try:
                 held_out, seed = _held_out(workflow, config.name)
                 previews[config.name] = preview(
-                    config, loaded.base_dir, info.path, eval_size=held_out, seed=seed
+                    config,
+                    loaded.base_dir,
+                    info.path,
+                    eval_size=held_out,
+                    seed=seed,
+                    runtime=exported and not previews,
                 )
             except OliveError as error:
                 findings.extend(error.problems)

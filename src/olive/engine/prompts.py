@@ -56,7 +56,7 @@ def rendered_sample(plan: Plan) -> tuple[dict[str, str] | None, str | None]:
     config = plan.workflow.data_config(name)
     pre = config.pre_process_data_config
     assert plan.model is not None  # noqa: S101 - run() has checked it
-    chat = load((plan.model.base or plan.model).path).chat if pre.chat_template else None
+    chat = load((plan.model.base or plan.model).path).chat
     text = render(pre, read(config, plan.base_dir)[0], chat)
     template = pre.text_template
     if template is not None:

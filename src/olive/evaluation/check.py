@@ -82,7 +82,7 @@ def _check_data(metric: Metric, workflow: Workflow, where: str) -> Iterator[Prob
         yield Problem(f"there is no data config called {metric.data_config!r}", f"{where}.data_config", hint)
         return
     pre = workflow.data_config(metric.data_config).pre_process_data_config
-    if metric.type == "accuracy" and not pre.chat_template:
+    if metric.type == "accuracy" and not pre.chat_template and pre.format is None:
         fields = pre.text_template.count("{") if pre.text_template is not None else len(pre.text_cols)
         if fields < 2:
             yield Problem(

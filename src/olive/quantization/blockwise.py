@@ -1,10 +1,10 @@
 """Block-wise absmax quantisation to NF4, FP4 and int8, as QLoRA trains on it.
 
 NF4 and double quantisation are those of Dettmers et al. 2023 (arXiv:2305.14314), the 8-bit dynamic data type
-of the scales that of Dettmers 2015 (arXiv:1511.04561). Every operation is elementwise, a maximum, or a mean in
-float64, so that every device gives the same bits. 4-bit codes are those of bitsandbytes; its 8-bit codes of the
-scales are one step off at one block in some hundred, next to the middle between two values. Imported only where
-torch already is.
+of the scales that of Dettmers 2015 (arXiv:1511.04561). Every operation is elementwise, a maximum, or a mean
+in float64, so that every device gives the same bits. 4-bit codes are those of bitsandbytes; its 8-bit codes
+of the scales are one step off at one block in some hundred, next to the middle between two values. Imported
+only where torch already is.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def quantise(weight: torch.Tensor, scheme: Scheme) -> Quantised:
     short = -flat.numel() % scheme.block
     blocks = torch.nn.functional.pad(flat, (0, short)).view(-1, scheme.block)
     scales = blocks.abs().amax(1)
-    scaled = (blocks * (1.0 / scales.clamp(min=_TINY))[:, None]).view(-1)[: flat.numel() + flat.numel() % 2]
+    even = flat.numel() + flat.numel() % 2
+    scaled = (blocks * (1.0 / scales.clamp(min=_TINY))[:, None]).view(-1)[:even]
     bounds, order = _bounds(scheme.kind, str(weight.device))
     codes = order[torch.bucketize(scaled, bounds)]
     codes = (codes[::2] << 4) | codes[1::2]
@@ -149,7 +150,7 @@ def codes_of(kind: Kind, device: str = "cpu") -> torch.Tensor:
 
 @cache
 def dynamic_codes() -> tuple[float, ...]:
-    """The 256 values of the signed 8-bit dynamic data type, in order.
+    """The 256 values of the signed 8-bit dynamic data type.
 
     A leading zero of the magnitude moves the decimal point; what bits are left divide [0.1, 1] linearly.
     """

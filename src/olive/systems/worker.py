@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from olive.config.workflow import link
 from olive.errors import OliveError
 from olive.systems.job import Job
 from olive.systems.local import execute
@@ -34,6 +35,7 @@ class LineProgress:
 def main(path: Path) -> int:
     """Run the job at ``path``; return its exit code."""
     job = Job.model_validate_json(path.read_bytes())
+    link(tuple(job.data.values()))
     try:
         result, _ = execute(job, LineProgress())
     except OliveError as error:

@@ -6,7 +6,11 @@ Imported only where torch already is.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,7 +120,7 @@ class PackedTrainer(Trainer):
         self.best: dict[str, torch.Tensor] | None = None
         self.losses: list[torch.Tensor] = []
         self.step_tokens = 0
-        self._step_labels = 0
+        self.stop: int | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data: Blocks = self.train_dataset if train_dataset is None else train_dataset
@@ -244,10 +248,39 @@ class PackedTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint.path))
             self.state.global_step = checkpoint.step
         else:
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+            with stopping_after_the_step(self):
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
         if self.args.load_best_model_at_end and self.best is not None:
             checkpoints.load_trained(self.model, self.best)
         return int(self.state.global_step)
+
+
+@contextmanager
+def stopping_after_the_step(trainer: PackedTrainer) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end training with a checkpoint, and then do what they always do.
+
+    The second signal does that at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        trainer.stop = number
+        for each, usual in before.items():
+            signal.signal(each, usual)
+        trainer.progress.note("stopping after this step, with a checkpoint; once more stops now")
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)
+    if trainer.stop is not None:
+        signal.raise_signal(trainer.stop)
 
 
 class _Follow(TrainerCallback):
@@ -288,6 +321,9 @@ class _Follow(TrainerCallback):
         trainer.progress.update(
             state.global_step, loss=round(step_loss, 4), tokens_per_second=round(speed, 1)
         )
+        if trainer.stop is not None:
+            control.should_save = control.should_training_stop = True
+            return control
         if self.save_seconds is not None:
             last = state.global_step >= state.max_steps
             if last or now - self.saved >= self.save_seconds:
