@@ -115,7 +115,7 @@ def quantise(weight: torch.Tensor, scheme: Scheme) -> Quantised:
 
 
 def dequantise(value: Quantised, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The (rows, columns) matrix that ``value`` stands for: computed in float32, then rounded to ``dtype``."""
+    """The (rows, columns) matrix that ``value`` stands for, computed in float32 and rounded to ``dtype``."""
     scheme, (rows, columns) = value.scheme, value.shape
     if scheme.kind == "int8":
         return (value.codes * value.scales[:, None]).to(dtype)
