@@ -46,7 +46,8 @@ def step_parts(
     return {
         "format": FORMAT,
         "pass": technique.__name__,
-        "source": {"pass": _source(technique), "models": _folder_source("olive.models")}
+        "source": {"pass": _source(technique)}
+        | {room: _folder_source(f"olive.{room}") for room in ("models", "quantization")}
         | ({"data": _folder_source("olive.data")} if names else {}),
         "params": entry.params.model_dump(mode="json"),
         "model": model_part(model),
@@ -64,7 +65,9 @@ def evaluation_parts(
     names = {metric.data_config for metric in evaluator.metrics if metric.data_config}
     return {
         "format": FORMAT,
-        "source": {room: _folder_source(f"olive.{room}") for room in ("evaluation", "data", "models")},
+        "source": {
+            room: _folder_source(f"olive.{room}") for room in ("evaluation", "data", "models", "quantization")
+        },
         "evaluator": evaluator.model_dump(mode="json"),
         "model": model_part(model),
         "data": {name: data_part(workflow, name, base_dir, memo) for name in sorted(names)},

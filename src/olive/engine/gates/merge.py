@@ -15,8 +15,8 @@ from olive.engine.result import GateResult
 from olive.errors import PassFailed
 from olive.models import seen
 from olive.models.artifact import Artifact
+from olive.models.stream import LazyTensors, SeenTensors
 from olive.passes.adapters import lora_weights
-from olive.passes.adapters.stream import LazyTensors, SeenTensors
 from olive.passes.base import PassContext
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from olive.models.tensors import Tensors, read_header
 if TYPE_CHECKING:
     import torch
 
-    from olive.passes.adapters.stream import LazyTensors
+    from olive.models.stream import LazyTensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

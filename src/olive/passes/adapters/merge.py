@@ -19,9 +19,9 @@ from olive.hardware.machine import Machine
 from olive.models import seen
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import finish_folder, read_json
+from olive.models.stream import Layout, LazyTensors, SeenTensors, stored_code, stored_dtype, write
 from olive.models.tensors import INDEX, Tensors
 from olive.passes.adapters import lora_weights
-from olive.passes.adapters.stream import Layout, LazyTensors, SeenTensors, stored_code, stored_dtype, write
 from olive.passes.base import Cost, Pass, PassContext
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from olive.models.seen import Seen
-from olive.passes.adapters.stream import LazyTensors
+from olive.models.stream import LazyTensors
 from olive.quantization.blockwise import (
     Quantised,
     dequantise,

@@ -31,7 +31,7 @@ class LoftQ(Rounded["LoftQ.Params"]):
 
     def load_base(self, folder: Path, params: Params, dtype: Dtype, ctx: PassContext) -> PreTrainedModel:
         """The base with rounded layers; those that get adapters less what these start with."""
-        from olive.passes.adapters.stream import LazyTensors
+        from olive.models.stream import LazyTensors
         from olive.passes.finetune.base_weights import linear_names
 
         base = load_on_cpu(folder, dtype)
