@@ -15,8 +15,8 @@ from olive.config.workflow import Accelerator, MergeGate
 from olive.engine.gates import merge as gate
 from olive.errors import InternalError, PassFailed, Problem
 from olive.hardware.probe import probe
+from olive.models import stream
 from olive.models.hf import describe, load_model
-from olive.passes.adapters import stream
 from olive.passes.adapters.merge import MergeAdapterWeights
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
