@@ -154,11 +154,9 @@ def parameters(shape: str) -> int:
     return int(s["num_hidden_layers"] * layer + s["vocab_size"] * hidden)
 
 
-def ours(options: argparse.Namespace, quantised: bool, short: bool) -> dict[str, Any]:
-    """Tokens a second of the pass's own training, the first two steps not counted, and peak memory."""
-    model = base(options.shape, quantised)
-    vocabulary = SHAPES[options.shape]["vocab_size"]
-    wanted = LoRA.Params.model_validate(
+def settings() -> LoRA.Params:
+    """Of the adapters, on both sides."""
+    return LoRA.Params.model_validate(
         {
             "r": 64,
             "alpha": 64,
@@ -167,6 +165,13 @@ def ours(options: argparse.Namespace, quantised: bool, short: bool) -> dict[str,
             "train_data_config": "train",
         }
     )
+
+
+def ours(options: argparse.Namespace, quantised: bool, short: bool) -> dict[str, Any]:
+    """Tokens a second of the pass's own training, the first two steps not counted, and peak memory."""
+    model = base(options.shape, quantised)
+    vocabulary = SHAPES[options.shape]["vocab_size"]
+    wanted = settings()
     from olive.models.artifact import Artifact, Kind
 
     tuned = LoRA().adapt(model, Artifact(kind=Kind.HF, path=Path("random"), digest="0" * 64), wanted)
@@ -203,15 +208,7 @@ def plain(options: argparse.Namespace, short: bool) -> dict[str, Any]:
 
     model = base(options.shape, False)
     model.set_attn_implementation("sdpa")
-    wanted = LoRA.Params.model_validate(
-        {
-            "r": 64,
-            "alpha": 64,
-            "lora_dropout": 0.0,
-            "target_modules": "all-linear",
-            "train_data_config": "train",
-        }
-    )
+    wanted = settings()
     tuned = get_peft_model(model, lora_config(wanted, "all-linear"))
     tuned.train()
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4, fused=True)

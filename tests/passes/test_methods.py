@@ -151,7 +151,7 @@ def test_codes_and_expanded_weights_train_alike(
     base = tiny_llama(tmp_path / "base")
     kept = train(base, tmp_path / "kept", name)
     assert kept.facts["base"].endswith("expanded once")
-    monkeypatch.setattr("olive.passes.finetune.qlora._HEADROOM", 0.0)
+    monkeypatch.setattr("olive.passes.finetune.base_weights._HEADROOM", 0.0)
     packed = train(base, tmp_path / "packed", name)
     assert packed.facts["base"].endswith("expanded in each product")
     assert packed.facts["fused_layers"]["lora"] == kept.facts["fused_layers"]["lora"] > 0
@@ -205,6 +205,21 @@ def test_goes_on_from_an_adapter(tmp_path: Path) -> None:
     assert second.series["loss"][0]["loss"] < first.series["loss"][0]["loss"]
     model = load_adapter(base, second.out, "float32")
     assert any("lora_B" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("first", ["qlora-nf4", "loftq"])
+@pytest.mark.parametrize("then", ["lora", "qlora-int8"])
+def test_goes_on_from_the_base_that_the_adapter_saw(tmp_path: Path, first: str, then: str) -> None:
+    base = tiny_phi3(tmp_path / "base")
+    before = train(base, tmp_path / "first", first)
+    after = train(base, tmp_path / "then", then, adapter_kit.artifact(base, before.out))
+    told, kept = seen.read(before.out), seen.read(after.out)
+    assert told is not None
+    assert kept is not None
+    assert (told.kind, told.modules, set(told.initial)) == (kept.kind, kept.modules, set(kept.initial))
+    out = merged(base, after.out, tmp_path / "merge")
+    artifact = adapter_kit.artifact(base, after.out)
+    gate.check(artifact, out, MergeGate(), adapter_kit.context(tmp_path / "gate"), [PROMPT])
 
 
 @pytest.mark.parametrize(

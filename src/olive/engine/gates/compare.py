@@ -140,7 +140,7 @@ class References:
     def take(self, folder: Path, prompts: list[list[int]]) -> list[torch.Tensor] | None:
         """Hand over what is remembered of these prompts on this model; nothing is kept after that."""
         found = self._logits if (self._folder, self._prompts) == (folder, prompts) else None
-        self.__init__()  # type: ignore[misc]
+        self._folder, self._prompts, self._logits = None, [], []
         return found
 
 

@@ -13,14 +13,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from olive.config.base import Dtype
+from olive.models.hf import load_model
 from olive.models.seen import Seen
 from olive.models.stream import LazyTensors
+from olive.passes.base import PassContext
+from olive.passes.finetune import attention
 from olive.quantization.blockwise import (
     Quantised,
     dequantise,
     quantise,
 )
+
+_HEADROOM = 0.5  # of the memory available that an expanded base may take
 
 
 class QuantisedLinear(nn.Linear):
@@ -113,3 +120,20 @@ def linear_names(model: Any, spared: Iterable[str] = (), *, quantised: bool = Fa
         and layer is not head
         and not any(name == end or name.endswith(f".{end}") for end in ends)
     ]
+
+
+def load_on_cpu(folder: Path, dtype: Dtype) -> PreTrainedModel:
+    """The base on the CPU, with the packed attention."""
+    return load_model(folder, dtype=dtype, attn_implementation=attention.register())
+
+
+def round_base(base: Any, folder: Path, seen: Seen, dtype: Dtype, ctx: PassContext) -> PreTrainedModel:
+    """Round the layers that ``seen`` names and put the model on its device."""
+    device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
+    wide = getattr(torch, dtype)
+    expanded = sum(base.get_submodule(name).weight.numel() for name in seen.modules) * wide.itemsize
+    keep = device == "cpu" and expanded < _HEADROOM * ctx.machine.memory_available
+    quantise_base(base, folder, seen, dtype=wide, device=device, keep_expanded=keep)
+    base.olive_seen = seen
+    ctx.facts["base"] = f"{seen.kind}, {'expanded once' if keep else 'expanded in each product'}"
+    return base.to(device)

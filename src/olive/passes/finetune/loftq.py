@@ -10,8 +10,9 @@ from pydantic import Field
 
 from olive.config.base import Dtype
 from olive.models.artifact import Artifact
+from olive.models.seen import Seen
 from olive.passes.base import PassContext
-from olive.passes.finetune.qlora import QuantisedParams, Rounded, load_on_cpu, round_base, seen_of
+from olive.passes.finetune.qlora import QuantisedParams, Rounded, seen_of
 from olive.passes.finetune.targets import chosen
 
 if TYPE_CHECKING:
@@ -29,11 +30,15 @@ class LoftQ(Rounded["LoftQ.Params"]):
 
         loftq_iter: int = Field(1, ge=1, le=20, description="Alternations of rounding and decomposing.")
 
-    def load_base(self, folder: Path, params: Params, dtype: Dtype, ctx: PassContext) -> PreTrainedModel:
+    def load_base(
+        self, folder: Path, params: Params, dtype: Dtype, ctx: PassContext, told: Seen | None
+    ) -> PreTrainedModel:
         """The base with rounded layers; those that get adapters less what these start with."""
         from olive.models.stream import LazyTensors
-        from olive.passes.finetune.base_weights import linear_names
+        from olive.passes.finetune.base_weights import linear_names, load_on_cpu, round_base
 
+        if told is not None:
+            return super().load_base(folder, params, dtype, ctx, told)
         base = load_on_cpu(folder, dtype)
         names = linear_names(base, params.modules_to_save or ())
         seen = seen_of(params, frozenset(names))
@@ -55,7 +60,7 @@ class LoftQ(Rounded["LoftQ.Params"]):
         tuned = super().adapt(base, model, params)
         if model.base is None:
             scale = params.alpha / (params.r**0.5 if params.use_rslora else params.r)
-            for name, (a, b) in tuned.olive_seen.initial.items():
+            for name, (a, b) in base.olive_seen.initial.items():
                 layer = tuned.get_base_model().get_submodule(name)
                 with torch.no_grad():
                     layer.lora_A["default"].weight.copy_(a)

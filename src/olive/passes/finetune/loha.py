@@ -36,10 +36,7 @@ class LoHa(Tuning["LoHa.Params"]):
             alpha=params.alpha,
             rank_dropout=params.rank_dropout,
             module_dropout=params.module_dropout,
-            target_modules=modules,
-            modules_to_save=list(params.modules_to_save) if params.modules_to_save else None,
-            layers_to_transform=list(params.layers_to_transform) if params.layers_to_transform else None,
-            task_type="CAUSAL_LM",
+            **params.placement(modules),
         )
 
     def parameters_of(self, params: Params, rows: int, columns: int) -> int:

@@ -34,11 +34,8 @@ def lora_config(params: LoraParams, modules: list[str] | str, **more: Any) -> Pe
         lora_alpha=params.alpha,
         lora_dropout=params.lora_dropout,
         use_rslora=params.use_rslora,
-        target_modules=modules,
-        modules_to_save=list(params.modules_to_save) if params.modules_to_save else None,
-        layers_to_transform=list(params.layers_to_transform) if params.layers_to_transform else None,
         bias="none",
-        task_type="CAUSAL_LM",
+        **params.placement(modules),
         **more,
     )
 

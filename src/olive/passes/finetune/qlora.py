@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, Field
 
 from olive.config.base import Dtype
-from olive.config.workflow import Accelerator
-from olive.errors import Problem
-from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, ModelInfo
 from olive.models.seen import Seen
 from olive.passes.base import PassContext
@@ -22,8 +18,6 @@ from olive.passes.finetune.tuning import Tuning
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
-
-_HEADROOM = 0.5  # of the memory available that an expanded base may take
 
 
 class QuantisedParams(LoraParams):
@@ -46,22 +40,6 @@ Q = TypeVar("Q", bound=QuantisedParams)
 class Rounded(Tuning[Q]):
     """Base of the methods that train on rounded weights."""
 
-    def check(
-        self, model: ModelInfo, params: Q, machine: Machine, accelerator: Accelerator
-    ) -> Iterable[Problem]:
-        """As LoRA; on a GPU, bitsandbytes expands 4-bit weights."""
-        yield from super().check(model, params, machine, accelerator)
-        if (
-            accelerator.device == "gpu"
-            and params.quant_type != "int8"
-            and "bitsandbytes" not in machine.packages
-        ):
-            yield Problem(
-                "bitsandbytes is not installed, and expands the 4-bit weights on a GPU",
-                fix="pip install 'olive-next[gpu]'",
-                exit_code=5,
-            )
-
     def peft_config(self, params: Q, modules: list[str] | str) -> PeftConfig:
         """PEFT's description."""
         return lora_config(params, modules)
@@ -77,26 +55,22 @@ class Rounded(Tuning[Q]):
         rounded = sum(scheme.bytes_of(*shape) for shape in linear)
         return rounded + width * (model.parameters - sum(rows * columns for rows, columns in linear))
 
-    def load_base(self, folder: Path, params: Q, dtype: Dtype, ctx: PassContext) -> PreTrainedModel:
+    def load_base(
+        self, folder: Path, params: Q, dtype: Dtype, ctx: PassContext, told: Seen | None
+    ) -> PreTrainedModel:
         """The base with rounded layers, expanded once where a CPU has the memory for it."""
-        from olive.passes.finetune.base_weights import linear_names
+        if told is not None:
+            return super().load_base(folder, params, dtype, ctx, told)
+        from olive.passes.finetune.base_weights import linear_names, load_on_cpu, round_base
 
         base = load_on_cpu(folder, dtype)
         seen = seen_of(params, frozenset(linear_names(base, params.modules_to_save or ())))
         return round_base(base, folder, seen, dtype, ctx)
 
     def save(self, tuned: Any, model: Artifact, params: Q, ctx: PassContext) -> None:
-        """Write the adapter, and beside it what its base was rounded to."""
+        """Write the adapter."""
         super().save(tuned, model, params, ctx)
-        tuned.olive_seen.write(ctx.out)
         ctx.attributes |= {"r": params.r, "alpha": params.alpha, "quant_type": params.quant_type}
-
-    def adapt(self, base: Any, model: Artifact, params: Q) -> Any:
-        """Remember how the base was rounded."""
-        seen = base.olive_seen
-        tuned = super().adapt(base, model, params)
-        tuned.olive_seen = seen
-        return tuned
 
 
 class QLoRA(Rounded["QLoRA.Params"]):
@@ -107,30 +81,6 @@ class QLoRA(Rounded["QLoRA.Params"]):
 
     class Params(QuantisedParams):
         """Names of Olive 0.13."""
-
-
-def load_on_cpu(folder: Path, dtype: Dtype) -> PreTrainedModel:
-    """The base on the CPU, with the packed attention."""
-    from olive.models.hf import load_model
-    from olive.passes.finetune import attention
-
-    return load_model(folder, dtype=dtype, attn_implementation=attention.register())
-
-
-def round_base(base: Any, folder: Path, seen: Seen, dtype: Dtype, ctx: PassContext) -> PreTrainedModel:
-    """Round the layers that ``seen`` names and put the model on its device."""
-    import torch
-
-    from olive.passes.finetune.base_weights import quantise_base
-
-    device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
-    wide = getattr(torch, dtype)
-    expanded = sum(base.get_submodule(name).weight.numel() for name in seen.modules) * wide.itemsize
-    keep = device == "cpu" and expanded < _HEADROOM * ctx.machine.memory_available
-    quantise_base(base, folder, seen, dtype=wide, device=device, keep_expanded=keep)
-    base.olive_seen = seen
-    ctx.facts["base"] = f"{seen.kind}, {'expanded once' if keep else 'expanded in each product'}"
-    return base.to(device)
 
 
 def seen_of(params: QuantisedParams, modules: frozenset[str]) -> Seen:

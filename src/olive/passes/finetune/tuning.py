@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -15,7 +16,9 @@ from olive.data.plan import Preview
 from olive.errors import ConfigError, PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
 from olive.hardware.probe import matrix_rate, training_dtype
+from olive.models import seen
 from olive.models.artifact import Artifact, Kind, ModelInfo
+from olive.models.seen import Seen
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.finetune import arguments
 from olive.passes.finetune.targets import adapted, check_targets, targets
@@ -57,6 +60,15 @@ class TuningParams(PassParams):
     training_args: dict[str, Any] = Field(
         default_factory=dict, description="Any field of transformers' TrainingArguments."
     )
+
+    def placement(self, modules: list[str] | str) -> dict[str, Any]:
+        """Where the adapter goes, as every configuration of PEFT takes it."""
+        return {
+            "target_modules": modules,
+            "modules_to_save": list(self.modules_to_save) if self.modules_to_save else None,
+            "layers_to_transform": list(self.layers_to_transform) if self.layers_to_transform else None,
+            "task_type": "CAUSAL_LM",
+        }
 
 
 P = TypeVar("P", bound=TuningParams)
@@ -152,12 +164,17 @@ class Tuning(Pass[P]):
         return params.training_args
 
     def peft_config(self, params: P, modules: list[str] | str) -> PeftConfig:
-        """PEFT's description of the adapter; ``modules`` is what PEFT takes as ``target_modules``."""
+        """PEFT's description of the adapter, for ``adapt``; a method without one overrides that.
+
+        Args:
+            params: of the pass.
+            modules: what PEFT takes as ``target_modules``.
+        """
         raise NotImplementedError
 
+    @abstractmethod
     def parameters_of(self, params: P, rows: int, columns: int) -> int:
         """Numbers trained for a linear layer of (rows, columns)."""
-        raise NotImplementedError
 
     def trained_parameters(self, model: ModelInfo, params: P) -> int:
         """Numbers trained in all."""
@@ -168,13 +185,16 @@ class Tuning(Pass[P]):
         """Bytes of the base in memory, ``width`` bytes a number."""
         return model.parameters * width
 
-    def load_base(self, folder: Path, params: P, dtype: Dtype, ctx: PassContext) -> PreTrainedModel:
-        """The base on the device, with the packed attention."""
-        from olive.models.hf import load_model
-        from olive.passes.finetune import attention
+    def load_base(
+        self, folder: Path, params: P, dtype: Dtype, ctx: PassContext, told: Seen | None
+    ) -> PreTrainedModel:
+        """The base on the device, with the packed attention; as ``told`` where an adapter is gone on from."""
+        from olive.passes.finetune.base_weights import load_on_cpu, round_base
 
-        device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
-        return load_model(folder, dtype=dtype, device=device, attn_implementation=attention.register())
+        base = load_on_cpu(folder, dtype)
+        if told is not None:
+            return round_base(base, folder, told, dtype, ctx)
+        return base.to("cpu" if ctx.accelerator.device == "cpu" else "cuda")
 
     def prepare(self, model: Artifact, params: P, dtype: Dtype, ctx: PassContext) -> Any:
         """The model to train: a base with fresh adapters, or with those of ``model`` to go on from."""
@@ -188,9 +208,12 @@ class Tuning(Pass[P]):
         if ctx.accelerator.device == "cpu":
             torch.set_num_threads(max(1, ctx.machine.cores))
         given = model if model.base is None else model.base
-        base = self.load_base(given.path, params, dtype, ctx)
+        told = None if model.base is None else seen.read(model.path)
+        base = self.load_base(given.path, params, dtype, ctx, told)
         set_seed(int(params.training_args.get("seed", 42)))
-        return self.adapt(base, model, params)
+        tuned = self.adapt(base, model, params)
+        tuned.olive_seen = getattr(base, "olive_seen", None)
+        return tuned
 
     def adapt(self, base: PreTrainedModel, model: Artifact, params: P) -> Any:
         """``base`` with its adapters."""
@@ -216,6 +239,8 @@ class Tuning(Pass[P]):
             config.base_model_name_or_path = given.path.name
             config.inference_mode = True
         tuned.save_pretrained(str(ctx.out), safe_serialization=True, save_embedding_layers=False)
+        if tuned.olive_seen is not None:
+            tuned.olive_seen.write(ctx.out)
         (ctx.out / "README.md").unlink(missing_ok=True)
         if not (ctx.out / "adapter_model.safetensors").exists():
             raise PassFailed(
