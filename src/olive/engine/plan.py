@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from olive.config.loader import Loaded
-from olive.config.workflow import Accelerator, DataConfig, PassEntry, Workflow
+from olive.config.workflow import Accelerator, DataConfig, Devices, PassEntry, Workflow
 from olive.data.plan import Preview, preview
 from olive.data.rows import is_local
 from olive.data.rows import where as place_of
@@ -88,6 +88,25 @@ def accelerator_of(workflow: Workflow, system: str) -> Accelerator:
     """The device and providers of a system of the document."""
     accelerators = workflow.systems[system].accelerators if system in workflow.systems else ()
     return accelerators[0] if accelerators else Accelerator()
+
+
+def processes_of(planned: Plan, entry: PassEntry) -> tuple[int, str]:
+    """How many processes run a step together, and how they share the model."""
+    workflow, host = planned.workflow, entry.host or planned.workflow.host
+    if planned.info is None:
+        return 1, "ddp"
+    return resolve(entry.type)().processes(
+        planned.info,
+        entry.params,
+        planned.machine,
+        accelerator_of(workflow, host),
+        devices_of(workflow, host),
+    )
+
+
+def devices_of(workflow: Workflow, system: str) -> Devices:
+    """How many devices of a system train at once."""
+    return workflow.systems[system].devices if system in workflow.systems else Devices()
 
 
 def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | None = None) -> Plan:

@@ -47,6 +47,11 @@ def probe() -> Machine:
     )
 
 
+def memory_available() -> int:
+    """Bytes free for this process now."""
+    return _memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))[1]
+
+
 def installed(distribution: str) -> str | None:
     """The installed version of a distribution, or None."""
     try:

@@ -24,6 +24,8 @@ class Job(Frozen):
         accelerator, target: where it runs and what it makes the model for.
         out: empty staging folder.
         journal: folder of the step's checkpoints.
+        processes: how many processes run it together.
+        strategy: how they share the model: ``ddp`` or ``fsdp``.
     """
 
     step: str
@@ -36,6 +38,8 @@ class Job(Frozen):
     target: Accelerator
     out: Path
     journal: Path
+    processes: int = 1
+    strategy: str = "ddp"
 
     @property
     def place(self) -> str:

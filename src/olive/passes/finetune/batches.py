@@ -55,6 +55,11 @@ def targets(block: TokenBlock) -> list[int]:
     return shifted
 
 
+def labelled(block: TokenBlock) -> int:
+    """How many positions carry a loss."""
+    return sum(label != IGNORE for label in targets(block))
+
+
 def collate(blocks: Sequence[TokenBlock]) -> dict[str, Any]:
     """Blocks as one packed row without padding.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from pydantic import Field
 
 from olive.config.base import Dtype, PassParams
-from olive.config.workflow import Accelerator, DataConfig
+from olive.config.workflow import Accelerator, DataConfig, Devices
 from olive.data.plan import Preview
 from olive.errors import ConfigError, PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
@@ -21,6 +21,7 @@ from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.seen import Seen
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.finetune import arguments
+from olive.passes.finetune.memory import MOST_TOKENS, token_bytes
 from olive.passes.finetune.targets import adapted, check_targets, targets
 
 if TYPE_CHECKING:
@@ -121,25 +122,43 @@ class Tuning(Pass[P]):
         dtype = params.torch_dtype or training_dtype(machine, "cpu")
         width, train = _BYTES[dtype], data.get(params.train_data_config)
         trained, base = self.trained_parameters(model, params), self.base_bytes(model, params, width)
-        config = model.config
-        hidden, layers = int(config.get("hidden_size", 1024)), int(config.get("num_hidden_layers", 24))
-        inner = int(config.get("intermediate_size", 4 * hidden))
-        at_once = max(arguments.BUDGET["cpu"], train.longest_block if train else 0)
-        activations = at_once * layers * (9 * hidden + 3 * inner) * width
+        at_once = max(MOST_TOKENS["cpu"], train.longest_block if train else 0)
+        twice = params.training_args.get("gradient_checkpointing") is True
+        activations = at_once * token_bytes(model.config, width, checkpointing=twice)
         return Cost(
             memory=(800 << 20) + base + trained * 16 + activations,
             disk=trained * 4 + 2 * trained * 12,
             seconds=_seconds(model, params, matrix_rate(machine, dtype), trained, train),
         )
 
+    def processes(
+        self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator, devices: Devices
+    ) -> tuple[int, str]:
+        """Every GPU that a step has a row for, one process on a CPU; whole models where they fit."""
+        gpu, rows = accelerator.device == "gpu", arguments.rows_of_a_step(params.training_args)
+        count = devices.count
+        if count == "auto":
+            count = max(1, min(len(machine.gpus), rows)) if gpu else 1
+        strategy = devices.strategy
+        if strategy == "auto":
+            dtype = params.torch_dtype or training_dtype(machine, accelerator.device)
+            base = self.base_bytes(model, params, _BYTES[dtype])
+            needed = base + 16 * self.trained_parameters(model, params)
+            fits = not gpu or not machine.gpus or needed < 0.8 * min(g.memory for g in machine.gpus)
+            strategy = "ddp" if fits else "fsdp"
+        return int(count), strategy
+
     def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
         """Train, and write the adapter into ``ctx.out``."""
+        from olive.passes.finetune.run import train_blocks
+
         began = time.perf_counter()
         train, held_out = _blocks(model, params, ctx)
         dtype = self.dtype_of(params, ctx)
         tuned = self.prepare(model, params, dtype, ctx)
-        curve, steps = _train(tuned, self.arguments(params, ctx), ctx, dtype, train, held_out)
-        self.save(tuned, model, params, ctx)
+        curve, steps = train_blocks(tuned, self.arguments(params, ctx), ctx, dtype, train, held_out)
+        if ctx.place.rank == 0:
+            self.save(tuned, model, params, ctx)
         ctx.series["loss"] = curve.points
         ctx.facts |= {
             "method": type(self).__name__,
@@ -202,7 +221,7 @@ class Tuning(Pass[P]):
         from transformers import set_seed
 
         from olive.hardware.memory import exempt_libraries
-        from olive.passes.finetune import trainer  # noqa: F401 - all imports before the weights
+        from olive.passes.finetune import run  # noqa: F401 - all imports before the weights
 
         exempt_libraries()
         if ctx.accelerator.device == "cpu":
@@ -300,61 +319,3 @@ def _blocks(model: Artifact, params: TuningParams, ctx: PassContext) -> tuple[li
             fix="check train_on and the template's last field, or raise max_seq_len",
         )
     return list(made), list(blocks.build_held_out(held_out, held_pre, tokenizer, seed)) if held_out else []
-
-
-def _train(
-    tuned: Any, given: dict[str, Any], ctx: PassContext, dtype: str, train: list[Any], held_out: list[Any]
-) -> tuple[Any, int]:
-    """Train, or go on from the newest checkpoint; returns the curve and the number of optimizer steps."""
-    import tempfile
-
-    from olive.passes.finetune import patch
-    from olive.passes.finetune.batches import Blocks
-    from olive.passes.finetune.trainer import Curve, PackedTrainer, install_loss
-
-    device = ctx.accelerator.device
-    curve = Curve()
-    with tempfile.TemporaryDirectory() as scratch:
-        known, notes = arguments.prepare(
-            given, folder=Path(scratch), dtype=dtype, device=device, has_eval=bool(held_out)
-        )
-        for note in notes:
-            ctx.progress.note(note)
-        args = arguments.build(known)
-        ctx.facts["micro_batch"] = _fuse(args, train, held_out, device)
-        causal = tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned
-        ctx.facts["fused_head"] = install_loss(causal)
-        ctx.facts["fused_layers"] = patch.patch(tuned)
-        trainer = PackedTrainer(
-            tuned,
-            args,
-            Blocks(train),
-            Blocks(held_out) if held_out else None,
-            journal=ctx.journal,
-            progress=ctx.progress,
-            curve=curve,
-            save_seconds=60.0 if arguments.timed_saves(given) else None,
-        )
-        steps = trainer.run(ctx.journal.newest())
-        ctx.facts["checkpoints"] = [str(finding) for finding in ctx.journal.findings]
-    patch.unpatch(tuned)
-    return curve, steps
-
-
-def _fuse(args: Any, train: list[Any], held_out: list[Any], device: str) -> dict[str, int]:
-    """Re-cut the optimizer step into forward passes that fill the token budget."""
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    given = args.per_device_train_batch_size
-    budget = arguments.BUDGET["cpu" if device == "cpu" else "gpu"]
-    if not args.dataloader_drop_last and not args.auto_find_batch_size:
-        size = arguments.micro_batch([len(block.ids) for block in train], rows, budget)
-        args.per_device_train_batch_size, args.gradient_accumulation_steps = size, rows // size
-    if held_out:
-        mean = sum(len(block.ids) for block in held_out) / len(held_out)
-        args.per_device_eval_batch_size = max(1, int(budget // mean))
-    return {
-        "rows": args.per_device_train_batch_size,
-        "accumulation_steps": args.gradient_accumulation_steps,
-        "rows_given": given,
-        "rows_of_a_step": rows,
-    }
