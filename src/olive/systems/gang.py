@@ -64,10 +64,11 @@ def _once(job: Job, progress: Progress, attempt: int) -> JobResult:
                 _relay(gang[0].stdout, progress)
                 _watch(gang, stopped)
         finally:
+            # before the others are ended: they are not to blame
+            failed = [rank for rank, process in enumerate(gang) if process.poll()]
             _end(gang)
         if stopped[0]:
             signal.raise_signal(stopped[0])
-        failed = [rank for rank, process in enumerate(gang) if process.returncode]
         if failed:
             raise _error(folder, gang, failed)
         return JobResult.model_validate_json((folder / "result.json").read_bytes())
@@ -160,7 +161,13 @@ def _passing_signals_on(gang: list[subprocess.Popen[bytes]], stopped: list[int])
 
 
 def _error(folder: Path, gang: list[subprocess.Popen[bytes]], failed: list[int]) -> OliveError:
-    """What went wrong: the error of a process that says so, else the end of what one wrote."""
+    """What went wrong: a signal, the first error that a process wrote down, or the end of what it said."""
+    killed = [rank for rank in failed if gang[rank].returncode < 0]
+    if killed:
+        return EnvironmentFault(
+            f"process {killed[0]} of {len(gang)} was ended by signal {-gang[killed[0]].returncode}",
+            fix="The system may have been short of memory. Run again: it goes on from the last checkpoint.",
+        )
     told = [path for rank in failed if (path := folder / f"error-{rank}.json").exists()]
     if told:
         said = json.loads(min(told, key=lambda path: path.stat().st_mtime_ns).read_text(encoding="utf-8"))
@@ -170,14 +177,8 @@ def _error(folder: Path, gang: list[subprocess.Popen[bytes]], failed: list[int])
         ]
         kind = getattr(errors, said["kind"], PassFailed)
         return kind(problems=problems)
-    # killed by ``_end`` are those that waited: the one that ended by itself comes first
-    rank = min(failed, key=lambda rank: gang[rank].returncode == -signal.SIGKILL)
-    code = gang[rank].returncode
-    log = (folder / f"log-{rank}").read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
-    name = f"process {rank} of {len(gang)}"
-    if code < 0:
-        return EnvironmentFault(
-            f"{name} was ended by signal {-code}" + (f": {log}" if log else ""),
-            fix="The system may have been short of memory. Run again: it goes on from the last checkpoint.",
-        )
-    return PassFailed(f"{name} ended with code {code}: {log or 'it said nothing'}")
+    log = (folder / f"log-{failed[0]}").read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
+    code = gang[failed[0]].returncode
+    return PassFailed(
+        f"process {failed[0]} of {len(gang)} ended with code {code}: {log or 'it said nothing'}"
+    )

@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import threading
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def main(path: Path) -> int:
 
 
 def _failed(path: Path, rank: int, error: OliveError) -> int:
-    print(error, file=sys.stderr, flush=True)
+    traceback.print_exception(error)
     said = {"kind": type(error).__name__, "problems": [asdict(problem) for problem in error.problems]}
     path.with_name(f"error-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
     return error.exit_code
@@ -105,7 +106,8 @@ def _failed(path: Path, rank: int, error: OliveError) -> int:
 def _end_with_the_parent() -> None:
     """End when whoever holds the other end of standard input is gone."""
     try:
-        sys.stdin.buffer.read()
+        while os.read(0, 1 << 12):
+            pass
     finally:
         os._exit(137)
 

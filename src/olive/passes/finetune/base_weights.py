@@ -139,7 +139,8 @@ def round_base(base: Any, folder: Path, seen: Seen, dtype: Dtype, ctx: PassConte
     device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
     wide = getattr(torch, dtype)
     expanded = sum(base.get_submodule(name).weight.numel() for name in seen.modules) * wide.itemsize
-    keep = device == "cpu" and expanded < _HEADROOM * ctx.machine.memory_available
+    whole = ctx.place.strategy != "fsdp" or ctx.place.size == 1
+    keep = device == "cpu" and whole and expanded < _HEADROOM * ctx.machine.memory_available
     quantise_base(base, folder, seen, dtype=wide, device=device, keep_expanded=keep)
     base.olive_seen = seen
     ctx.facts["base"] = f"{seen.kind}, {'expanded once' if keep else 'expanded in each product'}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from olive.errors import PassFailed
 from olive.passes.finetune.parallel import like, whole
 
 ADAPTER = "adapter.safetensors"
@@ -21,26 +23,30 @@ def trained_state(model: Any) -> dict[str, torch.Tensor]:
 
     Where they are sharded every process has to ask.
     """
-    if hasattr(model, "peft_config"):
-        from peft import get_peft_model_state_dict
-
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    else:
-        state = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    state = _trained(model)
     return {name: whole(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
+def _trained(model: Any) -> dict[str, torch.Tensor]:
+    """The trained tensors where they are."""
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+    return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
 def load_trained(model: Any, state: dict[str, torch.Tensor]) -> None:
-    """Undo ``trained_state``, bit for bit; not where the model is sharded."""
+    """Undo ``trained_state``, bit for bit."""
+    held = _trained(model)
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, state)
+        set_peft_model_state_dict(model, {name: like(value, held[name]) for name, value in state.items()})
         return
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in state.items():
-            parameters[name].copy_(value)
+            held[name].copy_(like(value, held[name]))
 
 
 def write(trainer: Any, best: dict[str, torch.Tensor] | None) -> Callable[[Path], None]:
@@ -72,6 +78,46 @@ def write(trainer: Any, best: dict[str, torch.Tensor] | None) -> Callable[[Path]
         trainer.state.save_to_json(str(folder / TRAINER_STATE))
 
     return into
+
+
+def sums(state: dict[str, torch.Tensor]) -> dict[str, float]:
+    """A number for each tensor that changes when it does."""
+    return {name: float(value.double().sum()) for name, value in state.items()}
+
+
+def prove(trainer: Any, start: dict[str, float]) -> None:
+    """Save the adapter after its first step, read it again, and hold it against what it must be.
+
+    Args:
+        trainer: after an optimizer step with a learning rate above zero.
+        start: ``sums`` before it.
+
+    Raises:
+        PassFailed: a tensor is missing, empty, no number, not what was saved, the same as before in all its
+            places, or another in another process: what is wrong now is wrong after hours too.
+    """
+    from safetensors.torch import load_file, save_file
+
+    state = trained_state(trainer.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        save_file(state, Path(scratch, ADAPTER))
+        read_again = load_file(Path(scratch, ADAPTER))
+    wrong = [
+        name
+        for name, value in state.items()
+        if not value.numel() or not torch.equal(value, read_again.get(name, torch.empty(0)))
+    ]
+    after = sums(state)
+    step = trainer.state.global_step
+    others = trainer.world.gather(after)
+    fix = "Report this: the adapter of this model is not trained or not saved."
+    if wrong or not state:
+        what = wrong[0] if wrong else "the whole adapter"
+        raise PassFailed(f"saved after step {step} and read again, {what} is not what was trained", fix=fix)
+    if after == start:
+        raise PassFailed(f"step {step} changed no tensor of the adapter", fix=fix)
+    if any(other != after for other in others):
+        raise PassFailed(f"after step {step} the processes hold different adapters", fix=fix)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

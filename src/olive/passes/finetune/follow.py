@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from olive.passes.finetune import checkpoints
 from olive.passes.finetune.fused import Factors
 
 if TYPE_CHECKING:
@@ -55,11 +56,15 @@ class Follow(TrainerCallback):
     def __init__(self, trainer: PackedTrainer, save_seconds: float | None) -> None:
         self.trainer, self.save_seconds = trainer, save_seconds
         self.began = self.saved = time.perf_counter()
+        self.rate = 0.0
+        self.start: dict[str, float] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar."""
         self.trainer.progress.start("training", state.max_steps)
         self.trainer.progress.update(state.global_step)
+        if hasattr(self.trainer.model, "peft_config"):
+            self.start = checkpoints.sums(checkpoints.trained_state(self.trainer.model))
         self.began = self.saved = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -98,6 +103,9 @@ class Follow(TrainerCallback):
         if stopping:
             trainer.stop = trainer.stop or signal.SIGTERM  # of another process
             control.should_training_stop = True
+        if self.start is not None and self.rate > 0:
+            checkpoints.prove(trainer, self.start)
+            self.start = None
         if stopping or saving:
             control.should_save = True
             self.saved = now

@@ -164,9 +164,20 @@ def shard(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 
 def unshard(model: nn.Module, *, trained_only: bool) -> None:
-    """Put whole parameters on the CPU in the place of sharded ones; the model runs no more after it."""
+    """Put whole parameters on the CPU in the place of sharded ones; the model can be saved, not run."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        # they put the sharded parameters back
+        for hooks in ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
+            getattr(module, hooks).clear()
         for name, parameter in list(module.named_parameters(recurse=False)):
             if is_sharded(parameter) and (parameter.requires_grad or not trained_only):
-                value = whole(parameter.detach()).cpu()
-                module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                if parameter not in made:  # tied weights stay one
+                    value = whole(parameter.detach()).cpu()
+                    made[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[parameter]

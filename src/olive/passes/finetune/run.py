@@ -58,8 +58,6 @@ def train_blocks(
         passes = _passes(tuned, args, given, ctx, dtype, train)
         checkpoint = _newest(ctx, world)
         if sharding := ctx.place.strategy == "fsdp" and world.size > 1:
-            if checkpoint is not None:
-                checkpoints.load_trained(tuned, checkpoints.weights(checkpoint.path))
             parallel.shard(tuned, _layers(causal))
         trainer = PackedTrainer(
             tuned,
@@ -75,10 +73,10 @@ def train_blocks(
             save_seconds=60.0 if arguments.timed_saves(given) else None,
         )
         steps = trainer.run(checkpoint)
-        if sharding:
-            parallel.unshard(tuned, trained_only=hasattr(tuned, "peft_config"))
         if args.load_best_model_at_end and trainer.best is not None:
             checkpoints.load_trained(tuned, trainer.best)
+        if sharding:
+            parallel.unshard(tuned, trained_only=hasattr(tuned, "peft_config"))
         ctx.facts["checkpoints"] = [str(finding) for finding in ctx.journal.findings]
     ctx.facts["micro_batch"] = _cutting(args, given, trainer, train)
     patch.unpatch(tuned)

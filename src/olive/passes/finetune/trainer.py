@@ -269,8 +269,7 @@ class PackedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if not self.sharded:  # else the weights were loaded before they were sharded
-            checkpoints.load_trained(self.model, checkpoints.weights(folder))
+        checkpoints.load_trained(self.model, checkpoints.weights(folder))
         self.best = checkpoints.best_weights(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
