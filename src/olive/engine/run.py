@@ -17,7 +17,7 @@ from olive.data.rows import is_local
 from olive.engine.gates.compare import References
 from olive.engine.keys import data_names, evaluation_parts, step_parts
 from olive.engine.output import MODEL
-from olive.engine.plan import Plan, accelerator_of, processes_of, stored_artifact
+from olive.engine.plan import Plan, accelerator_of, stored_artifact
 from olive.engine.prompts import rendered_sample, sample_prompts
 from olive.engine.result import Finding, GateResult, RunResult, StepResult
 from olive.errors import InternalError, Problem, Severity, raise_errors
@@ -143,9 +143,8 @@ def _compute(
     accelerator = accelerator_of(workflow, entry.host or workflow.host)
     target = accelerator_of(workflow, workflow.target)
     journal = state.store.journal(key)
-    needed = next(step.cost.disk for step in plan.steps if step.name == name)
-    with state.store.stage(needed=needed) as staging:
-        together, strategy = processes_of(plan, entry)
+    planned = next(step for step in plan.steps if step.name == name)
+    with state.store.stage(needed=planned.cost.disk) as staging:
         job = Job(
             step=name,
             type=entry.type,
@@ -157,8 +156,8 @@ def _compute(
             target=target,
             out=staging.path,
             journal=journal.path,
-            processes=together,
-            strategy=strategy,
+            processes=planned.processes,
+            strategy=planned.strategy,
         )
         result, ctx = execute(job, state.progress)
         state.findings += result.findings

@@ -89,6 +89,7 @@ class PackedTrainer(Trainer):
         self.losses: list[torch.Tensor] = []
         self.step_tokens = 0
         self.stop: int | None = None
+        self.said = ""
         if self.world.rank:  # other dropout than the first process
             torch.manual_seed(args.seed + self.world.rank)
 
@@ -155,11 +156,11 @@ class PackedTrainer(Trainer):
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            said = str(error).split("\n")[0]
+            self.said = str(error).split("\n")[0]
         else:
             return losses
         if self.sharded:  # the others wait inside their layers: all have to begin again
-            raise OutOfMemory(f"memory ran out in step {self.state.global_step + 1}: {said}")
+            raise OutOfMemory(f"memory ran out in step {self.state.global_step + 1}: {self.said}")
         return None
 
     def _passes(self, rows: Sequence[TokenBlock]) -> list[dict[str, Any]]:
@@ -186,6 +187,8 @@ class PackedTrainer(Trainer):
         tried = [cut_ for part in parts for cut_ in self._cut(rows, part)]
         tokens = max(sum(len(row.ids) for row in cut_) for cut_ in tried)
         where = f"memory ran out in step {self.state.global_step + 1} with {tokens} tokens a forward pass"
+        if self.said:
+            where += f" ({self.said})"
         if any(len(cut_) > 1 for cut_ in tried):
             self.passes = replace(self.passes, tokens=max(1, tokens // 2))
             self.progress.note(f"{where}; going on with {self.passes.tokens} of them at once")
@@ -315,5 +318,9 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     said = str(error)
     return isinstance(error, RuntimeError) and any(
-        text in said for text in ("can't allocate memory", "CUDA out of memory", "STATUS_ALLOC_FAILED")
+        text in said
+        for text in (
+            *("can't allocate memory", "CUDA out of memory", "STATUS_ALLOC_FAILED"),
+            *("could not create a primitive", "could not create a memory"),  # of oneDNN
+        )
     )

@@ -135,18 +135,18 @@ class Tuning(Pass[P]):
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator, devices: Devices
     ) -> tuple[int, str]:
         """Every GPU that a step has a row for, one process on a CPU; whole models where they fit."""
-        gpu, rows = accelerator.device == "gpu", arguments.rows_of_a_step(params.training_args)
-        count = devices.count
-        if count == "auto":
-            count = max(1, min(len(machine.gpus), rows)) if gpu else 1
+        on_gpu, rows = accelerator.device == "gpu", arguments.rows_of_a_step(params.training_args)
+        found = len(machine.gpus) if on_gpu else 1
+        count = max(1, min(rows, found if devices.count == "auto" else devices.count))
         strategy = devices.strategy
         if strategy == "auto":
-            dtype = params.torch_dtype or training_dtype(machine, accelerator.device)
-            base = self.base_bytes(model, params, _BYTES[dtype])
-            needed = base + 16 * self.trained_parameters(model, params)
-            fits = not gpu or not machine.gpus or needed < 0.8 * min(g.memory for g in machine.gpus)
-            strategy = "ddp" if fits else "fsdp"
-        return int(count), strategy
+            strategy = "ddp"
+            if on_gpu and machine.gpus:
+                base = self.base_bytes(model, params, _BYTES[params.torch_dtype or "bfloat16"])
+                needed = base + 16 * self.trained_parameters(model, params)
+                if needed > 0.8 * min(gpu.memory for gpu in machine.gpus):
+                    strategy = "fsdp"
+        return count, strategy
 
     def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
         """Train, and write the adapter into ``ctx.out``."""
