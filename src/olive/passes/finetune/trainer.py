@@ -40,6 +40,8 @@ class Curve:
 def install_loss(causal: Any) -> bool:
     """Let a causal language model return the sum of its losses over packed, already shifted labels.
 
+    With ``olive_loss="tokens"`` it returns the loss of each token that has a label, in order.
+
     Returns:
         Whether the fused head is in use; False when the head is trained or the model does more than a linear
         layer to its hidden states, and the logits come from the model itself.
@@ -49,19 +51,20 @@ def install_loss(causal: Any) -> bool:
     fused = head_is_plain(head) and _head_matches(causal, plain, head)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs.pop("olive_loss", False):
+        wanted = kwargs.pop("olive_loss", False)
+        if not wanted:
             return plain(*args, **kwargs)
         labels, smoothing = kwargs.pop("labels"), kwargs.pop("label_smoothing", 0.0)
         if fused:
             hidden = causal.base_model(*args, use_cache=False, **kwargs)[0]
-            loss = linear_cross_entropy(
+            losses = linear_cross_entropy(
                 hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, smoothing=smoothing
             )
         else:
             keep = (labels.flatten() != IGNORE).nonzero().squeeze(1)
             logits = plain(*args, use_cache=False, logits_to_keep=keep, **kwargs).logits
-            loss = reference_loss(logits.flatten(0, 1), labels.flatten()[keep], smoothing)
-        return CausalLMOutput(loss=loss)
+            losses = reference_loss(logits.flatten(0, 1), labels.flatten()[keep], smoothing)
+        return CausalLMOutput(loss=losses if wanted == "tokens" else losses.sum())
 
     causal.forward = forward
     return fused
@@ -93,6 +96,7 @@ class PackedTrainer(Trainer):
     """
 
     control: Any
+    collate = staticmethod(collate)
 
     def __init__(
         self,
@@ -108,7 +112,7 @@ class PackedTrainer(Trainer):
     ) -> None:
         smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
         super().__init__(
-            model=model, args=args, train_dataset=train, eval_dataset=held_out, data_collator=collate
+            model=model, args=args, train_dataset=train, eval_dataset=held_out, data_collator=self.collate
         )
         self.smoothing = smoothing
         self.remove_callback(PrinterCallback)
@@ -165,6 +169,13 @@ class PackedTrainer(Trainer):
             )
         return sum(values)
 
+    def figures(self) -> dict[str, float]:
+        """What else is known of the forward passes since it was last asked, by name; asking forgets them.
+
+        A ``loss`` among them is the loss of an evaluation, in place of the mean over label tokens.
+        """
+        return {}
+
     def floating_point_ops(self, inputs: Any) -> int:
         """4 a parameter and token: the weights are frozen, so there is no gradient of them."""
         if not hasattr(self, "_parameters"):
@@ -185,10 +196,9 @@ class PackedTrainer(Trainer):
                     total += float(self.compute_loss(self.model_wrapped, inputs)) * labels
                 count += labels
         self.model.train()
-        metrics = {
-            f"{metric_key_prefix}_loss": total / max(1, count),
-            f"{metric_key_prefix}_runtime": time.perf_counter() - began,
-        }
+        found = {"loss": total / max(1, count)} | self.figures()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -207,9 +217,11 @@ class PackedTrainer(Trainer):
             "seconds": self.curve.seconds,
             "done": self.state.global_step >= self.state.max_steps,
         }
-        self.journal.commit(
-            self.state.global_step, lambda folder: checkpoints.write(folder, self, self.best), state
-        )
+        self.journal.commit(self.state.global_step, self.write_checkpoint, state)
+
+    def write_checkpoint(self, folder: Path) -> None:
+        """Everything that resuming needs, into ``folder``."""
+        checkpoints.write(folder, self, self.best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         from safetensors.torch import load_file
@@ -316,6 +328,7 @@ class _Follow(TrainerCallback):
                 "loss": step_loss,
                 "tokens_per_second": speed,
                 "learning_rate": self.rate,
+                **{name: value for name, value in trainer.figures().items() if name != "loss"},
             }
         )
         trainer.progress.update(
@@ -332,12 +345,12 @@ class _Follow(TrainerCallback):
         return control
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        loss = float((metrics or {}).get("eval_loss", math.nan))
+        found = {name: float(value) for name, value in (metrics or {}).items() if name != "eval_runtime"}
         points = self.trainer.curve.points
         if points and points[-1]["step"] == state.global_step:
-            points[-1]["eval_loss"] = loss
+            points[-1] |= found
         else:
-            points.append({"step": state.global_step, "eval_loss": loss})
+            points.append({"step": state.global_step, **found})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.progress.finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -26,6 +26,8 @@ from olive.passes.finetune.targets import adapted, check_targets, targets
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
+
+    from olive.passes.finetune.trainer import PackedTrainer
 
 _USUAL_SHARE = 0.6  # of the nominal matrix rate that training reaches
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -138,7 +140,8 @@ class Tuning(Pass[P]):
         train, held_out = _blocks(model, params, ctx)
         dtype = self.dtype_of(params, ctx)
         tuned = self.prepare(model, params, dtype, ctx)
-        curve, steps = _train(tuned, self.arguments(params, ctx), ctx, dtype, train, held_out)
+        given = self.arguments(params, ctx)
+        curve, steps = _train(tuned, given, ctx, dtype, train, held_out, self.trainer(params))
         self.save(tuned, model, params, ctx)
         ctx.series["loss"] = curve.points
         ctx.facts |= {
@@ -162,6 +165,12 @@ class Tuning(Pass[P]):
     def arguments(self, params: P, ctx: PassContext) -> dict[str, Any]:
         """The document's ``training_args``, with what the method needs."""
         return params.training_args
+
+    def trainer(self, params: P) -> Callable[..., PackedTrainer]:
+        """What trains; called with the arguments of ``PackedTrainer``."""
+        from olive.passes.finetune.trainer import PackedTrainer
+
+        return PackedTrainer
 
     def peft_config(self, params: P, modules: list[str] | str) -> PeftConfig:
         """PEFT's description of the adapter, for ``adapt``; a method without one overrides that.
@@ -303,14 +312,20 @@ def _blocks(model: Artifact, params: TuningParams, ctx: PassContext) -> tuple[li
 
 
 def _train(
-    tuned: Any, given: dict[str, Any], ctx: PassContext, dtype: str, train: list[Any], held_out: list[Any]
+    tuned: Any,
+    given: dict[str, Any],
+    ctx: PassContext,
+    dtype: str,
+    train: list[Any],
+    held_out: list[Any],
+    make: Callable[..., PackedTrainer],
 ) -> tuple[Any, int]:
     """Train, or go on from the newest checkpoint; returns the curve and the number of optimizer steps."""
     import tempfile
 
     from olive.passes.finetune import patch
     from olive.passes.finetune.batches import Blocks
-    from olive.passes.finetune.trainer import Curve, PackedTrainer, install_loss
+    from olive.passes.finetune.trainer import Curve, install_loss
 
     device = ctx.accelerator.device
     curve = Curve()
@@ -325,7 +340,7 @@ def _train(
         causal = tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned
         ctx.facts["fused_head"] = install_loss(causal)
         ctx.facts["fused_layers"] = patch.patch(tuned)
-        trainer = PackedTrainer(
+        trainer = make(
             tuned,
             args,
             Blocks(train),
