@@ -208,6 +208,9 @@ def _previews(
     used = {name for entry in workflow.passes.values() for name in data_names(entry)}
     used |= {m.data_config for e in workflow.evaluators.values() for m in e.metrics if m.data_config}
     exported = any(resolve(entry.type).produces is Kind.GENAI for entry in workflow.passes.values())
+    paired = {
+        name for entry in workflow.passes.values() if resolve(entry.type).pairs for name in data_names(entry)
+    }
     previews: dict[str, Preview] = {}
     for config in workflow.data_configs:
         if config.name in used and info is not None:
@@ -220,6 +223,7 @@ def _previews(
                     eval_size=held_out,
                     seed=seed,
                     runtime=exported and not previews,
+                    pairs=config.name in paired,
                 )
             except OliveError as error:
                 findings.extend(error.problems)

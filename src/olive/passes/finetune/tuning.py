@@ -137,7 +137,7 @@ class Tuning(Pass[P]):
     def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
         """Train, and write the adapter into ``ctx.out``."""
         began = time.perf_counter()
-        train, held_out = _blocks(model, params, ctx)
+        train, held_out = _blocks(model, params, ctx, pairs=self.pairs)
         dtype = self.dtype_of(params, ctx)
         tuned = self.prepare(model, params, dtype, ctx)
         given = self.arguments(params, ctx)
@@ -284,10 +284,14 @@ def _data(ctx: PassContext, name: str) -> DataConfig:
     return ctx.data[name]
 
 
-def _blocks(model: Artifact, params: TuningParams, ctx: PassContext) -> tuple[list[Any], list[Any]]:
-    """Blocks to train on, and blocks to evaluate on."""
-    from olive.data import blocks, rows, split, tokens
+def _blocks(
+    model: Artifact, params: TuningParams, ctx: PassContext, *, pairs: bool
+) -> tuple[list[Any], list[Any]]:
+    """Blocks to train on, and blocks to evaluate on; of ``pairs``, each block is one."""
+    from olive.data import blocks, preference, rows, split, tokens
 
+    build = preference.build if pairs else blocks.build
+    build_held_out = preference.build if pairs else blocks.build_held_out
     tokenizer = tokens.load(model.path if model.base is None else model.base.path)
     seed = split.split_seed(params.training_args)
     config = _data(ctx, params.train_data_config)
@@ -299,7 +303,7 @@ def _blocks(model: Artifact, params: TuningParams, ctx: PassContext) -> tuple[li
         held_out, held_pre = rows.read(other, ctx.base_dir), other.pre_process_data_config
     elif params.eval_dataset_size:
         train, held_out = split.split_rows(train, params.eval_dataset_size, seed, pre)
-    made = blocks.build(train, pre, tokenizer, seed)
+    made = build(train, pre, tokenizer, seed)
     for note in made.notes:
         ctx.progress.note(str(note))
     ctx.facts |= {"rows": made.rows, "block_tokens": made.tokens, "label_tokens": made.trained_tokens}
@@ -308,7 +312,7 @@ def _blocks(model: Artifact, params: TuningParams, ctx: PassContext) -> tuple[li
             f"none of the {made.tokens} tokens in {len(made)} blocks has a label: nothing would be learnt",
             fix="check train_on and the template's last field, or raise max_seq_len",
         )
-    return list(made), list(blocks.build_held_out(held_out, held_pre, tokenizer, seed)) if held_out else []
+    return list(made), list(build_held_out(held_out, held_pre, tokenizer, seed)) if held_out else []
 
 
 def _train(
