@@ -207,6 +207,21 @@ def test_nan_loss_stops(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [{"modules_to_save": ("lm_head",)}, {"training_args": {"gradient_checkpointing": True}}],
+)
+def test_a_trained_head_and_checkpointed_layers_start_at_their_reference(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    base = tiny_phi3(tmp_path / "base", tie_word_embeddings=False)
+    ctx = train("DPO", whole(base), tmp_path / "a", preference_kit.pairs(16), **changes)
+    losses = figures(ctx, "loss")
+    assert losses[0] == pytest.approx(0.693147, abs=1e-6)
+    assert losses[-1] < 0.69
+    assert ctx.facts["fused_head"] is ("modules_to_save" not in changes)
+
+
+@pytest.mark.parametrize(
     ("kind", "changes", "said"),
     [
         ("DPO", {"label_smoothing": 0.1}, "no effect on loss_type sigmoid"),
