@@ -153,22 +153,30 @@ def test_how_a_step_is_cut_does_not_matter(
 def test_the_reference_is_computed_once_a_pair_and_without_dropout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import torch
+
     from olive.passes.finetune.preference_trainer import PreferenceTrainer
 
-    passes: list[bool] = []
-    plain = PreferenceTrainer._put
+    passes: list[tuple[bool, bool]] = []
+    plain = PreferenceTrainer._scores
 
-    def put(self: Any, values: Any) -> None:
-        passes.append(self.model.training)
-        plain(self, values)
+    def scores(self: Any, model: Any, inputs: Any, start: Any) -> Any:
+        if start is None:
+            passes.append((self.model.training, torch.is_grad_enabled()))
+        return plain(self, model, inputs, start)
 
-    monkeypatch.setattr(PreferenceTrainer, "_put", put)
+    monkeypatch.setattr(PreferenceTrainer, "_scores", scores)
     base = tiny_phi3(tmp_path / "base")
     args = {"max_steps": 12, "learning_rate": 0.0}
     ctx = train(
-        "DPO", whole(base), tmp_path / "a", preference_kit.pairs(16), lora_dropout=0.5, training_args=args
+        "DPO",
+        whole(base),
+        tmp_path / "a",
+        preference_kit.pairs(16),
+        lora_dropout=0.5,
+        training_args=args,
     )
-    assert len(passes) == 2 * 4  # in and out, four steps an epoch, the first epoch alone
+    assert passes == [(False, False)] * 4  # four steps an epoch, and three epochs
     # B is zero: dropout on the way to it changes nothing
     assert figures(ctx, "loss") == pytest.approx([0.693147] * 12, abs=1e-6)
 
