@@ -9,6 +9,7 @@ from typing import Any
 
 from olive.config.base import Frozen
 from olive.config.workflow import DataConfig, PreProcess
+from olive.data import preference
 from olive.data.blocks import Blocks, build, build_held_out, settings_missing
 from olive.data.formats import turns
 from olive.data.mixture import Group, MixedRow, groups
@@ -32,7 +33,7 @@ class PartPreview(Frozen):
         format: form of the chat data; empty where a template of the document's own says what a row is.
         detected: whether the format was found in the data, not named.
         rendering: what chat turns are rendered with.
-        train_on: what of the text is learnt.
+        train_on: what of the text is learnt; ``pair`` where two answers are compared.
     """
 
     name: str
@@ -58,7 +59,8 @@ class Preview(Frozen):
         longest_block: tokens in the longest block.
         eval_rows, eval_blocks: the part split off for evaluation.
         estimated: whether the counts are scaled up from a part of the rows.
-        prompt, completion: the first row, rendered.
+        prompt, completion: the first row, rendered; of a pair, the chosen answer.
+        rejected: the rejected answer of the first row; empty where rows are no pairs, else each is a block.
         ids, labels: the first row, tokenised; -100 marks what is not learnt.
         problems: warnings and notes.
     """
@@ -77,6 +79,7 @@ class Preview(Frozen):
     estimated: bool = False
     prompt: str = ""
     completion: str = ""
+    rejected: str = ""
     ids: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
     problems: tuple[Problem, ...] = ()
@@ -90,6 +93,7 @@ def preview(
     eval_size: float = 0,
     seed: int | None = None,
     runtime: bool = False,
+    pairs: bool = False,
 ) -> Preview:
     """Look at a data config as training will.
 
@@ -101,12 +105,13 @@ def preview(
         seed: the training's seed; None where it has none.
         runtime: ask ONNX Runtime GenAI too how it reads the first row; what it reads otherwise is an error
             among the problems.
+        pairs: rows are read as pairs of a chosen and a rejected answer.
 
     Raises:
         OliveError: anything that would fail at the run; every fault found is in the one error.
     """
     try:
-        return _preview(config, base_dir, tokenizer_folder, eval_size, seed, runtime)
+        return _preview(config, base_dir, tokenizer_folder, eval_size, seed, runtime, pairs)
     except OliveError as error:
         raise type(error)(problems=[_located(problem, config) for problem in error.problems]) from error
 
@@ -118,20 +123,22 @@ def _preview(
     eval_size: float,
     seed: int | None,
     runtime: bool,
+    pairs: bool,
 ) -> Preview:
     pre = config.pre_process_data_config
-    missing = settings_missing(pre)
+    missing = [] if pairs else settings_missing(pre)
     if not is_local(config, base_dir):
         raise_errors(missing)
         return Preview(name=config.name, problems=tuple(_remote(config, base_dir)))
     rows = read(config, base_dir)
     parts = groups(pre, rows)
-    raise_errors([*missing, *(problem for part in parts for problem in check(part.pre, columns(part.rows)))])
+    fit = preference.check if pairs else check
+    raise_errors([*missing, *(problem for part in parts for problem in fit(part.pre, columns(part.rows)))])
     found: dict[str, Any] = {"name": config.name, "rows": len(rows), "columns": columns(rows)}
     if config.load_dataset_config.max_rows == len(rows):
         found["max_rows"] = len(rows)
     tokenizer = load(tokenizer_folder) if tokenizer_folder is not None else None
-    found["parts"] = tuple(_part(config, part, tokenizer) for part in parts)
+    found["parts"] = tuple(_part(config, part, tokenizer, pairs) for part in parts)
     chat = tokenizer.chat if tokenizer else None
     for part in parts:
         if chats(part.pre):
@@ -140,18 +147,23 @@ def _preview(
             render_all(pre, part.rows, chat)
     first = next(part for part in parts if 0 in part.places)
     text = render_all(pre, rows[:1], chat)[0]
+    if pairs:
+        text, other = preference.render(first.pre, rows[0], chat)
+        found["rejected"] = other.completion
     found |= {"prompt": text.prompt, "completion": text.completion}
     train, evaluation = split_rows(rows, eval_size, seed or 0, pre)
     found["eval_rows"] = len(evaluation)
     if tokenizer is None:
         return Preview(**found)
-    sample = tokenizer.encode_row(text, first.pre)
+    sample = tokenizer.encode_row(
+        text, first.pre.model_copy(update={"train_on": "completion"}) if pairs else first.pre
+    )
     found |= {"ids": tuple(sample.ids), "labels": tuple(sample.labels)}
     with _question(first.pre, rows[0], text, tokenizer, tokenizer_folder if runtime else None) as asked:
-        counts, blocks = _counts(train, config, tokenizer, seed)
+        counts, blocks = _counts(train, config, tokenizer, seed, pairs=pairs)
         problems = [*blocks.notes]
         if evaluation:
-            held, held_blocks = _counts(evaluation, config, tokenizer, seed, held_out=True)
+            held, held_blocks = _counts(evaluation, config, tokenizer, seed, pairs=pairs, held_out=True)
             found["eval_blocks"] = held["blocks"]
             problems += [
                 replace(note, message=f"evaluation part: {note.message}") for note in held_blocks.notes
@@ -166,13 +178,13 @@ def chats(pre: PreProcess) -> bool:
     return bool(pre.chat_template) or pre.format is not None
 
 
-def _part(config: DataConfig, group: Group, tokenizer: LightTokenizer | None) -> PartPreview:
+def _part(config: DataConfig, group: Group, tokenizer: LightTokenizer | None, pairs: bool) -> PartPreview:
     """How rows become text, for the reader of the plan."""
     pre, row = group.pre, group.rows[0]
     made = PartPreview(
         name=row.source if isinstance(row, MixedRow) else config.name,
         rows=len(group.rows),
-        train_on=pre.train_on or "all",
+        train_on="pair" if pairs else pre.train_on or "all",
     )
     if not chats(pre):
         return made
@@ -214,6 +226,7 @@ def _counts(
     tokenizer: LightTokenizer,
     seed: int | None,
     *,
+    pairs: bool = False,
     held_out: bool = False,
 ) -> tuple[Mapping[str, Any], Blocks]:
     """Counts over all rows, and the blocks of those tokenised."""
@@ -222,7 +235,8 @@ def _counts(
     chosen, limit = rows, _COUNTED_CHATS if slow else _COUNTED
     if len(rows) > limit:
         chosen = [rows[index * len(rows) // limit] for index in range(limit)]
-    blocks = (build_held_out if held_out else build)(chosen, pre, tokenizer, seed)
+    make = preference.build if pairs else build_held_out if held_out else build
+    blocks = make(chosen, pre, tokenizer, seed)
     scale = len(rows) / len(chosen)
     if pre.max_samples is not None:
         scale = min(scale, pre.max_samples / len(blocks))

@@ -26,6 +26,7 @@ TESTED: dict[str, str] = {
     "optuna": "5.0.0",
     "pydantic": "2.14.3",
     "torchmetrics": "1.9.0",
+    "trl": "1.16.0",
 }
 
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")

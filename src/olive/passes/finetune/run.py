@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def train_blocks(
     dtype: str,
     train: list[TokenBlock],
     held_out: list[TokenBlock],
+    make: Callable[..., PackedTrainer],
 ) -> tuple[Curve, int]:
     """Train, or go on from the newest checkpoint.
 
@@ -37,6 +38,7 @@ def train_blocks(
         dtype: of the base.
         train: rows to train on.
         held_out: rows to evaluate on; may be none.
+        make: what trains, called with the arguments of ``PackedTrainer``.
 
     Returns:
         The curve, and the number of optimizer steps.
@@ -59,7 +61,7 @@ def train_blocks(
         checkpoint = _newest(ctx, world)
         if sharding := ctx.place.strategy == "fsdp" and world.size > 1:
             parallel.shard(tuned, _layers(causal))
-        trainer = PackedTrainer(
+        trainer = make(
             tuned,
             args,
             Blocks(train),
@@ -78,7 +80,7 @@ def train_blocks(
         if sharding:
             parallel.unshard(tuned, trained_only=hasattr(tuned, "peft_config"))
         ctx.facts["checkpoints"] = [str(finding) for finding in ctx.journal.findings]
-    ctx.facts["micro_batch"] = _cutting(args, given, trainer, train)
+    ctx.facts["micro_batch"] = _cutting(args, given, trainer)
     patch.unpatch(tuned)
     return curve, steps
 
@@ -131,17 +133,14 @@ def _layers(causal: Any) -> list[Any]:
     return [module for module in causal.modules() if type(module).__name__ in names]
 
 
-def _cutting(
-    args: Any, given: Mapping[str, Any], trainer: PackedTrainer, train: list[TokenBlock]
-) -> dict[str, Any]:
+def _cutting(args: Any, given: Mapping[str, Any], trainer: PackedTrainer) -> dict[str, Any]:
     """How a step was cut in the end, for the report."""
     rows = args.per_device_train_batch_size
-    mean = sum(len(block.ids) for block in train) / len(train)
     return {
         "rows_of_a_step": rows,
         "rows_given": int(given.get("per_device_train_batch_size", 1)),
         "processes": trainer.world.size,
         "tokens_of_a_pass": trainer.passes.tokens,
-        "passes_of_a_step": max(1, round(rows * mean / trainer.world.size / trainer.passes.tokens)),
+        "passes_of_a_step": trainer.most_passes,
         "activations_computed_twice": trainer.passes.checkpointing,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -27,6 +27,8 @@ from olive.passes.finetune.targets import adapted, check_targets, targets
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
+
+    from olive.passes.finetune.trainer import PackedTrainer
 
 _USUAL_SHARE = 0.6  # of the nominal matrix rate that training reaches
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -141,7 +143,7 @@ class Tuning(Pass[P]):
         strategy = devices.strategy
         if strategy == "auto":
             strategy = "ddp"
-            if on_gpu and machine.gpus:
+            if on_gpu and machine.gpus and "fsdp" in self.strategies:
                 base = self.base_bytes(model, params, _BYTES[params.torch_dtype or "bfloat16"])
                 needed = base + 16 * self.trained_parameters(model, params)
                 if needed > 0.8 * min(gpu.memory for gpu in machine.gpus):
@@ -153,10 +155,11 @@ class Tuning(Pass[P]):
         from olive.passes.finetune.run import train_blocks
 
         began = time.perf_counter()
-        train, held_out = _blocks(model, params, ctx)
+        train, held_out = _blocks(model, params, ctx, pairs=self.pairs)
         dtype = self.dtype_of(params, ctx)
         tuned = self.prepare(model, params, dtype, ctx)
-        curve, steps = train_blocks(tuned, self.arguments(params, ctx), ctx, dtype, train, held_out)
+        given = self.arguments(params, ctx)
+        curve, steps = train_blocks(tuned, given, ctx, dtype, train, held_out, self.trainer(params))
         if ctx.place.rank == 0:
             self.save(tuned, model, params, ctx)
         ctx.series["loss"] = curve.points
@@ -181,6 +184,12 @@ class Tuning(Pass[P]):
     def arguments(self, params: P, ctx: PassContext) -> dict[str, Any]:
         """The document's ``training_args``, with what the method needs."""
         return params.training_args
+
+    def trainer(self, params: P) -> Callable[..., PackedTrainer]:
+        """What trains; called with the arguments of ``PackedTrainer``."""
+        from olive.passes.finetune.trainer import PackedTrainer
+
+        return PackedTrainer
 
     def peft_config(self, params: P, modules: list[str] | str) -> PeftConfig:
         """PEFT's description of the adapter, for ``adapt``; a method without one overrides that.
@@ -294,10 +303,14 @@ def _data(ctx: PassContext, name: str) -> DataConfig:
     return ctx.data[name]
 
 
-def _blocks(model: Artifact, params: TuningParams, ctx: PassContext) -> tuple[list[Any], list[Any]]:
-    """Blocks to train on, and blocks to evaluate on."""
-    from olive.data import blocks, rows, split, tokens
+def _blocks(
+    model: Artifact, params: TuningParams, ctx: PassContext, *, pairs: bool
+) -> tuple[list[Any], list[Any]]:
+    """Blocks to train on, and blocks to evaluate on; of ``pairs``, each block is one."""
+    from olive.data import blocks, preference, rows, split, tokens
 
+    build = preference.build if pairs else blocks.build
+    build_held_out = preference.build if pairs else blocks.build_held_out
     tokenizer = tokens.load(model.path if model.base is None else model.base.path)
     seed = split.split_seed(params.training_args)
     config = _data(ctx, params.train_data_config)
@@ -309,7 +322,7 @@ def _blocks(model: Artifact, params: TuningParams, ctx: PassContext) -> tuple[li
         held_out, held_pre = rows.read(other, ctx.base_dir), other.pre_process_data_config
     elif params.eval_dataset_size:
         train, held_out = split.split_rows(train, params.eval_dataset_size, seed, pre)
-    made = blocks.build(train, pre, tokenizer, seed)
+    made = build(train, pre, tokenizer, seed)
     for note in made.notes:
         ctx.progress.note(str(note))
     ctx.facts |= {"rows": made.rows, "block_tokens": made.tokens, "label_tokens": made.trained_tokens}
@@ -318,4 +331,4 @@ def _blocks(model: Artifact, params: TuningParams, ctx: PassContext) -> tuple[li
             f"none of the {made.tokens} tokens in {len(made)} blocks has a label: nothing would be learnt",
             fix="check train_on and the template's last field, or raise max_seq_len",
         )
-    return list(made), list(blocks.build_held_out(held_out, held_pre, tokenizer, seed)) if held_out else []
+    return list(made), list(build_held_out(held_out, held_pre, tokenizer, seed)) if held_out else []
