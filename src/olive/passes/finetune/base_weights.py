@@ -53,7 +53,12 @@ class QuantisedLinear(nn.Linear):
     @property
     def value(self) -> Quantised:
         """The quantised (out, in) weight."""
-        return replace(self._scales, codes=self.weight)
+        return replace(self._scales, codes=self.weight.view(self._scales.codes.dtype))
+
+    def look_like_floats(self) -> None:
+        """Hold the same bytes as a floating dtype: what shards weights takes no integers."""
+        if self.weight.shape[-1] % 2 == 0:
+            self.weight = nn.Parameter(self.weight.data.view(torch.bfloat16), requires_grad=False)
 
     def dense(self) -> torch.Tensor:
         """The (out, in) weight, expanded."""

@@ -12,6 +12,7 @@ import torch
 from olive.hardware.probe import memory_available
 from olive.passes.base import PassContext
 from olive.passes.finetune import arguments, checkpoints, memory, parallel, patch
+from olive.passes.finetune.base_weights import QuantisedLinear
 from olive.passes.finetune.batches import Blocks, TokenBlock
 from olive.passes.finetune.head import install_loss
 from olive.passes.finetune.memory import Passes
@@ -60,6 +61,9 @@ def train_blocks(
         passes = _passes(tuned, args, given, ctx, dtype, train)
         checkpoint = _newest(ctx, world)
         if sharding := ctx.place.strategy == "fsdp" and world.size > 1:
+            for module in tuned.modules():
+                if isinstance(module, QuantisedLinear):
+                    module.look_like_floats()
             parallel.shard(tuned, _layers(causal))
         trainer = make(
             tuned,

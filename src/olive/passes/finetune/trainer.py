@@ -74,6 +74,7 @@ class PackedTrainer(Trainer):
         save_seconds: float | None = 60.0,
     ) -> None:
         smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
+        args._n_gpu = min(1, args.n_gpu)  # else the batch grows with every GPU in sight
         super().__init__(
             model=model, args=args, train_dataset=train, eval_dataset=held_out, data_collator=list
         )
@@ -82,7 +83,6 @@ class PackedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(Follow(self, save_seconds))
         self.journal, self.progress, self.curve = journal, progress, curve
-        self.args._n_gpu = min(1, self.args.n_gpu)
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.sharded = any(is_sharded(p) for p in model.parameters())
