@@ -8,7 +8,8 @@ Imported only where torch is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -248,13 +249,28 @@ def _wide_product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -
     return (left.t() @ right).to(dtype)
 
 
-def random_keep(like: torch.Tensor, drop: float) -> torch.Tensor:
-    """A mask of ``like``'s (rows, columns) that is False with probability ``drop``, from torch's generator.
+_generator: torch.Generator | None = None
 
-    Probabilities are rounded to 1/65536: one draw of 64 bits serves four elements.
+
+@contextmanager
+def masks_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Let ``random_keep`` draw from a generator of its own."""
+    global _generator
+    before, _generator = _generator, torch.Generator(device).manual_seed(seed)
+    try:
+        yield
+    finally:
+        _generator = before
+
+
+def random_keep(like: torch.Tensor, drop: float) -> torch.Tensor:
+    """A mask of ``like``'s (rows, columns) that is False with probability ``drop``.
+
+    Drawn from torch's generator unless ``masks_from`` says otherwise. Probabilities are rounded to 1/65536:
+    one draw of 64 bits serves four elements.
     """
     count = like.numel()
     bits = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device)
-    bits.random_(-(1 << 63), None)
+    bits.random_(-(1 << 63), None, generator=_generator)
     # int16 runs from -32768 to 32767
     return (bits.view(torch.int16)[:count] >= round(drop * 65536) - 32768).view(like.shape)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from olive.passes.finetune import attention, fused
+from olive.passes.finetune import decoder, fused
 from olive.passes.finetune.base_weights import QuantisedLinear, dense_weight
 
 _ATTENTION = {"Phi3Attention", "LlamaAttention", "MistralAttention", "Qwen2Attention"}
@@ -22,18 +22,25 @@ def patch(model: nn.Module) -> dict[str, int]:
 
     A module is left alone when its weights are trained, when it computes another formula, or under autocast.
     """
-    done = {"norm": 0, "mlp": 0, "attention": 0, "lora": 0}
-    for module in list(model.modules()):
-        for kind, replacement in (
-            ("norm", _norm(module)),
-            ("mlp", _mlp(module)),
-            ("attention", _attention(module)),
-            ("lora", _lora(module)),
-        ):
+    done = {"norm": 0, "mlp": 0, "attention": 0, "lora": 0, "decoder": 0}
+    # what is inside a module is replaced before the module
+    for module in reversed(list(model.modules())):
+        for kind, make in _KINDS.items():
+            replacement = make(module)
             if replacement is not None:
                 _install(module, replacement)
                 done[kind] += 1
+                break
     return done
+
+
+def compute_twice(model: Any) -> None:
+    """Let decoder layers keep their input alone and compute the rest again in the backward."""
+    layers = [module for module in model.modules() if "_olive_twice" in module.__dict__]
+    for layer in layers:
+        layer.__dict__["_olive_twice"] = True
+    if not layers:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def unpatch(model: nn.Module) -> None:
@@ -41,6 +48,7 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         if "_olive_patched" in module.__dict__:
             del module.__dict__["forward"], module.__dict__["_olive_patched"]
+            module.__dict__.pop("_olive_twice", None)
 
 
 def _install(module: nn.Module, replacement: Callable[..., Any]) -> None:
@@ -53,7 +61,12 @@ def _install(module: nn.Module, replacement: Callable[..., Any]) -> None:
         return replacement(self, plain, *(() if x is None else (x,)), *args, **kwargs)
 
     module.__dict__["forward"] = MethodType(forward, module)
-    module.__dict__["_olive_patched"] = True
+    module.__dict__["_olive_patched"] = partial(replacement, module, plain)
+
+
+def _direct(module: nn.Module) -> Callable[..., Any]:
+    """What a module computes, without the calls around it where it is replaced."""
+    return module.__dict__.get("_olive_patched", module)
 
 
 def _norm(module: nn.Module) -> Callable[..., Any] | None:
@@ -84,27 +97,14 @@ def _mlp(module: nn.Module) -> Callable[..., Any] | None:
     activation = getattr(module, "activation_fn", None) or getattr(module, "act_fn", None)
     if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
         return None
-
-    if hasattr(module, "gate_up_proj"):
-
-        def merged(self: Any, plain: Any, hidden_states: torch.Tensor) -> Any:
-            return self.down_proj(fused.SwiGLU.apply(self.gate_up_proj(hidden_states)))
-
-        return merged
-
-    def separate(self: Any, plain: Any, x: torch.Tensor) -> Any:
-        return self.down_proj(fused.GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
-
-    return separate
+    feed = decoder.mlp_of(module, _direct)
+    return lambda self, plain, x: feed(x)
 
 
 def _attention(module: nn.Module) -> Callable[..., Any] | None:
     if type(module).__name__ not in _ATTENTION or getattr(module, "attention_dropout", None):
         return None
-    config: Any = module.config
-    heads = config.num_attention_heads
-    key_heads = config.num_key_value_heads or heads
-    fused_qkv = hasattr(module, "qkv_proj")
+    attend = decoder.attention_of(module, _direct)
 
     def forward(self: Any, plain: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         lengths, embeddings = kwargs.get("document_lengths"), kwargs.get("position_embeddings")
@@ -113,18 +113,23 @@ def _attention(module: nn.Module) -> Callable[..., Any] | None:
         cos, sin = (x[0] for x in embeddings)
         if cos.shape[-1] != self.head_dim:
             return plain(hidden_states, *args, **kwargs)
-        if fused_qkv:
-            qkv = self.qkv_proj(hidden_states)
-        else:
-            qkv = torch.cat(
-                [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], -1
-            )
-        query, key, value = fused.SplitRotate.apply(qkv[0], cos, sin, heads, key_heads)
-        window = getattr(self, "sliding_window", None) or getattr(self.config, "sliding_window", None)
-        out = attention.attend(query, key, value, lengths, scale=self.scaling, window=window)
-        return self.o_proj(out.reshape(1, out.shape[0], -1)), None
+        return attend(hidden_states, cos, sin, lengths), None
 
     return forward
+
+
+def _decoder(module: Any) -> Callable[..., Any] | None:
+    if type(module).__name__ not in decoder.DECODERS:
+        return None
+    parts = (module.input_layernorm, module.post_attention_layernorm, module.self_attn, module.mlp)
+    if any("_olive_patched" not in part.__dict__ for part in parts):
+        return None
+    if getattr(module.self_attn.config, "resid_pdrop", None):
+        return None
+    module.__dict__["_olive_twice"] = False
+    norms = (_direct(module.input_layernorm), _direct(module.post_attention_layernorm))
+    attend = decoder.attention_of(module.self_attn, _direct)
+    return decoder.layer_of(module, norms, attend, decoder.mlp_of(module.mlp, _direct))
 
 
 def _lora(module: nn.Module) -> Callable[..., Any] | None:
@@ -163,3 +168,12 @@ def _lora(module: nn.Module) -> Callable[..., Any] | None:
         )
 
     return forward
+
+
+_KINDS: dict[str, Callable[[Any], Callable[..., Any] | None]] = {
+    "norm": _norm,
+    "mlp": _mlp,
+    "attention": _attention,
+    "lora": _lora,
+    "decoder": _decoder,
+}

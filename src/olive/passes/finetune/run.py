@@ -112,7 +112,9 @@ def _passes(
             chosen = Passes(max(1, chosen.tokens >> (ctx.place.attempt - 1)), True)
     args.per_device_train_batch_size *= args.gradient_accumulation_steps
     args.gradient_accumulation_steps = 1
-    args.gradient_checkpointing = chosen.checkpointing
+    args.gradient_checkpointing = False
+    if chosen.checkpointing:
+        patch.compute_twice(tuned)
     return chosen
 
 

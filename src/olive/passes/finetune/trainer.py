@@ -26,6 +26,7 @@ from olive.passes.finetune.follow import Follow, stopping_after_the_step
 from olive.passes.finetune.loss import IGNORE
 from olive.passes.finetune.memory import Passes
 from olive.passes.finetune.parallel import World, is_sharded
+from olive.passes.finetune.patch import compute_twice
 from olive.store.journal import Checkpoint, Journal
 
 
@@ -199,10 +200,7 @@ class PackedTrainer(Trainer):
             self.progress.note(f"{where}; going on with {self.passes.tokens} of them at once")
         elif self.may_checkpoint and not self.passes.checkpointing:
             self.passes = replace(self.passes, checkpointing=True)
-            self.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs
-                or {"use_reentrant": False}
-            )
+            compute_twice(self.model)
             self.progress.note(f"{where}; going on with activations computed twice")
         else:
             raise OutOfMemory(
