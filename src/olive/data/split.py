@@ -19,6 +19,14 @@ Row = dict[str, Any]
 def split_rows(
     rows: Sequence[Row], eval_size: float, seed: int, pre: PreProcess | None = None
 ) -> tuple[list[Row], list[Row]]:
+    """The rows at ``split_places``."""
+    train, held_out = split_places(rows, eval_size, seed, pre)
+    return [rows[index] for index in train], [rows[index] for index in held_out]
+
+
+def split_places(
+    rows: Sequence[Row], eval_size: float, seed: int, pre: PreProcess | None = None
+) -> tuple[Sequence[int], Sequence[int]]:
     """Split off an evaluation part. Rows that are the same are always in the same part.
 
     A row's part depends on the seed and the row's content alone, as far as the sizes allow, and the order of
@@ -31,14 +39,14 @@ def split_rows(
         pre: when given, rows that render to the same text count as the same.
 
     Returns:
-        Training rows and evaluation rows. The evaluation part misses its size by less than the largest
-        group of repeated rows.
+        Places of training rows and of evaluation rows. The evaluation part misses its size by less than the
+        largest group of repeated rows.
 
     Raises:
         ConfigError: one of the parts would be empty.
     """
     if eval_size == 0:
-        return list(rows), []
+        return range(len(rows)), []
     if eval_size < 0:
         raise ConfigError(f"eval_dataset_size {eval_size} is negative", fix="give a share, 0.1, or a count")
     # A share of 0.3 of 10 rows is 3, though 0.3 * 10 in floating point may be a hair more.
@@ -61,8 +69,7 @@ def split_rows(
             chosen.update(groups[key])
     if not chosen:
         chosen.update(groups[min(order, key=lambda key: len(groups[key]))])
-    train = [row for index, row in enumerate(rows) if index not in chosen]
-    return train, [rows[index] for index in sorted(chosen)]
+    return [index for index in range(len(rows)) if index not in chosen], sorted(chosen)
 
 
 def _identity(row: Row, pre: PreProcess | None) -> str:
