@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from olive.passes.finetune.loss import IGNORE
+
+_HEAD = 16  # tokens that blocks are looked up by
+_WORDS = 24  # tokens shown of a row
+_TOLD = 8  # rows named in a message
 
 
 class TokenBlock(Protocol):
@@ -17,6 +21,7 @@ class TokenBlock(Protocol):
         ids: token ids.
         labels: ids to learn, -100 where there is nothing to learn.
         lengths: tokens of each document in it.
+        rows: how messages name the row that each document begins with.
     """
 
     @property
@@ -31,18 +36,55 @@ class TokenBlock(Protocol):
     def lengths(self) -> Sequence[int]:
         """Tokens of each document."""
 
+    @property
+    def rows(self) -> Sequence[str]:
+        """Name of each document's row."""
+
 
 class Blocks(torch.utils.data.Dataset[Any]):
-    """A list of blocks as a dataset."""
+    """Blocks as a dataset.
 
-    def __init__(self, blocks: Sequence[TokenBlock]) -> None:
-        self.blocks = list(blocks)
+    Args:
+        blocks: the blocks.
+        decode: token ids to text, for messages.
+
+    Attributes:
+        sizes: tokens of each.
+    """
+
+    def __init__(
+        self, blocks: Sequence[TokenBlock], decode: Callable[[Sequence[int]], str] | None = None
+    ) -> None:
+        self.blocks, self.decode = blocks, decode
+        self.sizes: Sequence[int] = getattr(blocks, "sizes", None) or [len(block.ids) for block in blocks]
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> TokenBlock:
         return self.blocks[index]
+
+    def told(self, batch: Sequence[int]) -> str:
+        """Which rows a batch holds, for a message: their numbers and first words.
+
+        Args:
+            batch: token ids of a batch as ``collate`` made it of these blocks.
+        """
+        heads = {tuple(batch[start : start + _HEAD]) for start in range(len(batch))}
+        near = [block for block in self.blocks if tuple(block.ids[:_HEAD]) in heads or len(block.ids) < _HEAD]
+        left, said = list(batch), list[str]()
+        # of blocks of which one begins as another, the longest is meant
+        near.sort(key=lambda block: -len(block.ids))
+        while block := next((block for block in near if left[: len(block.ids)] == list(block.ids)), None):
+            start = 0
+            for length, row in zip(block.lengths, block.rows, strict=True):
+                words = self.decode(left[start : start + length][:_WORDS]) if self.decode else ""
+                said.append(row + (f" ({' '.join(words.split())[:60]!r} ...)" if words else ""))
+                start += length
+            left = left[len(block.ids) :]
+            if not left:
+                break
+        return ", ".join(said[:_TOLD]) + (f" and {len(said) - _TOLD} more" if len(said) > _TOLD else "")
 
 
 def targets(block: TokenBlock) -> list[int]:

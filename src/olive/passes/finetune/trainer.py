@@ -119,6 +119,7 @@ class PackedTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.best: dict[str, torch.Tensor] | None = None
         self.losses: list[torch.Tensor] = []
+        self.batches: list[torch.Tensor] = []
         self.step_tokens = 0
         self.stop: int | None = None
 
@@ -127,7 +128,7 @@ class PackedTrainer(Trainer):
         strategy = getattr(self.args, "train_sampling_strategy", "random")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return Order([len(block.ids) for block in data.blocks], strategy, seed, rows)
+        return Order(data.sizes, strategy, seed, rows)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return torch.utils.data.SequentialSampler(eval_dataset)
@@ -150,18 +151,21 @@ class PackedTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         # read at the end of the step: asking now would hold up what a GPU has yet to be given
         self.losses.append(loss.detach())
+        self.batches.append(inputs["input_ids"])
         return loss
 
     def read_losses(self) -> float:
         """The loss of the step that ends; stops on one that is no number, before anything is saved."""
         values = [float(loss) for loss in self.losses]
+        batches, self.batches = self.batches, []
         self.losses.clear()
         bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
         if bad is not None:
             raise PassFailed(
                 f"the loss became {values[bad]} in step {self.state.global_step}"
-                + (f", forward pass {bad + 1} of {len(values)}" if len(values) > 1 else ""),
-                fix="Lower learning_rate, or train in float32.",
+                + (f", forward pass {bad + 1} of {len(values)}" if len(values) > 1 else "")
+                + f", on {self.train_dataset.told(batches[bad].flatten().tolist())}",
+                fix="Lower learning_rate, or train in float32; look at these rows where it comes back.",
             )
         return sum(values)
 

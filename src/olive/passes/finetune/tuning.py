@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from pydantic import Field
 
 from olive.config.base import Dtype, PassParams
-from olive.config.workflow import Accelerator, DataConfig
+from olive.config.workflow import Accelerator
 from olive.data.plan import Preview
 from olive.errors import ConfigError, PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
@@ -20,12 +20,15 @@ from olive.models import seen
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.seen import Seen
 from olive.passes.base import Cost, Pass, PassContext
-from olive.passes.finetune import arguments
+from olive.passes.finetune import arguments, training_data
 from olive.passes.finetune.targets import adapted, check_targets, targets
+from olive.passes.finetune.training_data import TrainingData
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
+
+    from olive.passes.finetune.batches import Blocks
 
 _USUAL_SHARE = 0.6  # of the nominal matrix rate that training reaches
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -135,18 +138,18 @@ class Tuning(Pass[P]):
     def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
         """Train, and write the adapter into ``ctx.out``."""
         began = time.perf_counter()
-        train, held_out = _blocks(model, params, ctx)
+        data = training_data.load(model, params, ctx)
         dtype = self.dtype_of(params, ctx)
         tuned = self.prepare(model, params, dtype, ctx)
-        curve, steps = _train(tuned, self.arguments(params, ctx), ctx, dtype, train, held_out)
+        curve, steps = _train(tuned, self.arguments(params, ctx), ctx, dtype, data)
         self.save(tuned, model, params, ctx)
         ctx.series["loss"] = curve.points
         ctx.facts |= {
             "method": type(self).__name__,
             "dtype": dtype,
             "trainable_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
-            "blocks": len(train),
-            "eval_blocks": len(held_out),
+            "blocks": len(data.train),
+            "eval_blocks": len(data.held_out),
             "steps": steps,
             "tokens": curve.tokens,
             "training_seconds": round(curve.seconds, 3),
@@ -267,43 +270,8 @@ def _seconds(
     return 8 + tokens * 4 * (inner + labelled * head) / (_USUAL_SHARE * rate)
 
 
-def _data(ctx: PassContext, name: str) -> DataConfig:
-    if name not in ctx.data:
-        raise ConfigError(
-            f"there is no data config called {name!r}", fix=f"there are: {', '.join(ctx.data) or 'none'}"
-        )
-    return ctx.data[name]
-
-
-def _blocks(model: Artifact, params: TuningParams, ctx: PassContext) -> tuple[list[Any], list[Any]]:
-    """Blocks to train on, and blocks to evaluate on."""
-    from olive.data import blocks, rows, split, tokens
-
-    tokenizer = tokens.load(model.path if model.base is None else model.base.path)
-    seed = split.split_seed(params.training_args)
-    config = _data(ctx, params.train_data_config)
-    pre = config.pre_process_data_config
-    train = rows.read(config, ctx.base_dir)
-    held_out, held_pre = [], pre
-    if params.eval_data_config:
-        other = _data(ctx, params.eval_data_config)
-        held_out, held_pre = rows.read(other, ctx.base_dir), other.pre_process_data_config
-    elif params.eval_dataset_size:
-        train, held_out = split.split_rows(train, params.eval_dataset_size, seed, pre)
-    made = blocks.build(train, pre, tokenizer, seed)
-    for note in made.notes:
-        ctx.progress.note(str(note))
-    ctx.facts |= {"rows": made.rows, "block_tokens": made.tokens, "label_tokens": made.trained_tokens}
-    if not made.trained_tokens:
-        raise ConfigError(
-            f"none of the {made.tokens} tokens in {len(made)} blocks has a label: nothing would be learnt",
-            fix="check train_on and the template's last field, or raise max_seq_len",
-        )
-    return list(made), list(blocks.build_held_out(held_out, held_pre, tokenizer, seed)) if held_out else []
-
-
 def _train(
-    tuned: Any, given: dict[str, Any], ctx: PassContext, dtype: str, train: list[Any], held_out: list[Any]
+    tuned: Any, given: dict[str, Any], ctx: PassContext, dtype: str, data: TrainingData
 ) -> tuple[Any, int]:
     """Train, or go on from the newest checkpoint; returns the curve and the number of optimizer steps."""
     import tempfile
@@ -313,10 +281,11 @@ def _train(
     from olive.passes.finetune.trainer import Curve, PackedTrainer, install_loss
 
     device = ctx.accelerator.device
+    train, held_out = Blocks(data.train, data.decode), Blocks(data.held_out, data.decode)
     curve = Curve()
     with tempfile.TemporaryDirectory() as scratch:
         known, notes = arguments.prepare(
-            given, folder=Path(scratch), dtype=dtype, device=device, has_eval=bool(held_out)
+            given, folder=Path(scratch), dtype=dtype, device=device, has_eval=len(held_out) > 0
         )
         for note in notes:
             ctx.progress.note(note)
@@ -328,8 +297,8 @@ def _train(
         trainer = PackedTrainer(
             tuned,
             args,
-            Blocks(train),
-            Blocks(held_out) if held_out else None,
+            train,
+            held_out if len(held_out) else None,
             journal=ctx.journal,
             progress=ctx.progress,
             curve=curve,
@@ -341,16 +310,16 @@ def _train(
     return curve, steps
 
 
-def _fuse(args: Any, train: list[Any], held_out: list[Any], device: str) -> dict[str, int]:
+def _fuse(args: Any, train: Blocks, held_out: Blocks, device: str) -> dict[str, int]:
     """Re-cut the optimizer step into forward passes that fill the token budget."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     given = args.per_device_train_batch_size
     budget = arguments.BUDGET["cpu" if device == "cpu" else "gpu"]
     if not args.dataloader_drop_last and not args.auto_find_batch_size:
-        size = arguments.micro_batch([len(block.ids) for block in train], rows, budget)
+        size = arguments.micro_batch(train.sizes, rows, budget)
         args.per_device_train_batch_size, args.gradient_accumulation_steps = size, rows // size
-    if held_out:
-        mean = sum(len(block.ids) for block in held_out) / len(held_out)
+    if len(held_out):
+        mean = sum(held_out.sizes) / len(held_out)
         args.per_device_eval_batch_size = max(1, int(budget // mean))
     return {
         "rows": args.per_device_train_batch_size,
