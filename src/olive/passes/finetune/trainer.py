@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,8 @@ from olive.passes.finetune import checkpoints
 from olive.passes.finetune.batches import Blocks, Order, collate
 from olive.passes.finetune.fused import Factors
 from olive.passes.finetune.loss import IGNORE, head_is_plain, linear_cross_entropy, reference_loss
+from olive.passes.finetune.stopping import Curve
 from olive.store.journal import Checkpoint, Journal
-
-
-@dataclass(slots=True)
-class Curve:
-    """What a training run reports; survives a kill with the checkpoint."""
-
-    points: list[dict[str, float]] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
 
 
 def install_loss(causal: Any) -> bool:
@@ -209,7 +200,7 @@ class PackedTrainer(Trainer):
             "points": self.curve.points,
             "tokens": self.curve.tokens,
             "seconds": self.curve.seconds,
-            "done": self.state.global_step >= self.state.max_steps,
+            "done": self.curve.stopped or self.state.global_step >= self.state.max_steps,
         }
         self.journal.commit(
             self.state.global_step, lambda folder: checkpoints.write(folder, self, self.best), state
@@ -335,13 +326,19 @@ class _Follow(TrainerCallback):
                 self.saved = now
         return control
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> Any:
         loss = float((metrics or {}).get("eval_loss", math.nan))
         points = self.trainer.curve.points
         if points and points[-1]["step"] == state.global_step:
             points[-1]["eval_loss"] = loss
         else:
             points.append({"step": state.global_step, "eval_loss": loss})
+        if self.trainer.curve.stopped:
+            self.trainer.progress.note(
+                f"stopping early at step {state.global_step}: eval_loss no longer falls"
+            )
+            control.should_save = control.should_training_stop = True
+        return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.progress.finish()

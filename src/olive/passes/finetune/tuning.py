@@ -20,7 +20,7 @@ from olive.models import seen
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.seen import Seen
 from olive.passes.base import Cost, Pass, PassContext
-from olive.passes.finetune import arguments, training_data
+from olive.passes.finetune import arguments, stopping, training_data
 from olive.passes.finetune.targets import adapted, check_targets, targets
 from olive.passes.finetune.training_data import TrainingData
 
@@ -61,7 +61,9 @@ class TuningParams(PassParams):
         None, ge=0, description="Rows split off for evaluation: below 1 a share, from 1 on a number."
     )
     training_args: dict[str, Any] = Field(
-        default_factory=dict, description="Any field of transformers' TrainingArguments."
+        default_factory=dict,
+        description="Any field of transformers' TrainingArguments, and early_stopping_patience and "
+        "early_stopping_threshold.",
     )
 
     def placement(self, modules: list[str] | str) -> dict[str, Any]:
@@ -111,6 +113,8 @@ class Tuning(Pass[P]):
                 fix="remove one of them",
                 severity=Severity.WARNING,
             )
+        has_eval = bool(params.eval_data_config or params.eval_dataset_size)
+        yield from stopping.check(params.training_args, has_eval)
         for flag in ("bf16", "fp16"):
             if params.training_args.get(flag) and accelerator.device == "cpu" and native == "float32":
                 yield Problem(
@@ -156,6 +160,11 @@ class Tuning(Pass[P]):
             "seconds": round(time.perf_counter() - began, 3),
             "tokens_per_second": round(curve.tokens / curve.seconds, 1) if curve.seconds else 0.0,
         }
+        best = stopping.best_point(curve.points)
+        if best is not None:
+            ctx.facts |= {"best_step": best["step"], "best_eval_loss": best["eval_loss"]}
+        if curve.stopped:
+            ctx.facts["stopped_early"] = True
         ctx.attributes["dtype"] = dtype
 
     def dtype_of(self, params: P, ctx: PassContext) -> Dtype:
@@ -278,11 +287,11 @@ def _train(
 
     from olive.passes.finetune import patch
     from olive.passes.finetune.batches import Blocks
-    from olive.passes.finetune.trainer import Curve, PackedTrainer, install_loss
+    from olive.passes.finetune.trainer import PackedTrainer, install_loss
 
     device = ctx.accelerator.device
     train, held_out = Blocks(data.train, data.decode), Blocks(data.held_out, data.decode)
-    curve = Curve()
+    curve = stopping.Curve(patience=stopping.Patience.of(given) if data.held_out else None)
     with tempfile.TemporaryDirectory() as scratch:
         known, notes = arguments.prepare(
             given, folder=Path(scratch), dtype=dtype, device=device, has_eval=len(held_out) > 0
