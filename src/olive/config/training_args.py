@@ -33,7 +33,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "overwrite_output_dir": "has no effect: checkpoints live in the store",
     "resume_from_checkpoint": "has no effect: an interrupted run continues by itself",
     "save_safetensors": "has no effect: weights are always written as safetensors",
-    "logging_dir": "has no effect: the curves are in the report",
+    "logging_dir": "has no effect: curves are in the report; trackers write to `tracking` in output_dir",
     "fp16_backend": "has no effect any more",
     "half_precision_backend": "has no effect any more",
     "fp16_opt_level": "has no effect any more",

@@ -24,6 +24,7 @@ class Job(Frozen):
         accelerator, target: where it runs and what it makes the model for.
         out: empty staging folder.
         journal: folder of the step's checkpoints.
+        tracking: folder for experiment trackers.
     """
 
     step: str
@@ -36,6 +37,7 @@ class Job(Frozen):
     target: Accelerator
     out: Path
     journal: Path
+    tracking: Path | None = None
 
     @property
     def place(self) -> str:

@@ -32,6 +32,8 @@ def context(job: Job, progress: Progress) -> PassContext:
         base_dir=job.base_dir,
         progress=progress,
         journal=Journal(job.journal),
+        step=job.step,
+        tracking=job.tracking,
     )
 
 

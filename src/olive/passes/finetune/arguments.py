@@ -17,7 +17,6 @@ _DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 1,
     "seed": 42,
     "data_seed": 42,
-    "report_to": "none",
 }
 _OURS = {
     "output_dir": "the run's own output folder is used",
@@ -75,6 +74,7 @@ def prepare(
         "remove_unused_columns": False,
         "use_cpu": device == "cpu",
         "use_cache": known.get("use_cache", False),
+        "report_to": "none",  # trackers are told our curve, see tracking.py
     }
     if device != "cpu" and dtype == "float16" and not known.get("bf16"):
         known["fp16"] = True

@@ -20,7 +20,7 @@ from olive.models import seen
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.seen import Seen
 from olive.passes.base import Cost, Pass, PassContext
-from olive.passes.finetune import arguments, stopping, training_data
+from olive.passes.finetune import arguments, stopping, tracking, training_data
 from olive.passes.finetune.targets import adapted, check_targets, targets
 from olive.passes.finetune.training_data import TrainingData
 
@@ -115,6 +115,7 @@ class Tuning(Pass[P]):
             )
         has_eval = bool(params.eval_data_config or params.eval_dataset_size)
         yield from stopping.check(params.training_args, has_eval)
+        yield from tracking.check(params.training_args)
         for flag in ("bf16", "fp16"):
             if params.training_args.get(flag) and accelerator.device == "cpu" and native == "float32":
                 yield Problem(
@@ -313,7 +314,15 @@ def _train(
             curve=curve,
             save_seconds=60.0 if arguments.timed_saves(given) else None,
         )
-        steps = trainer.run(ctx.journal.newest())
+        trackers, run = tracking.asked(given), f"{ctx.step}-{ctx.journal.path.name[:8]}"
+        with tracking.environment(trackers, ctx.tracking or ctx.base_dir / tracking.FOLDER, run):
+            if trackers:
+                args.run_name = args.run_name or run
+                from olive.passes.finetune.tracked import Tracking
+
+                every = max(1, int(given.get("logging_steps", 1)))
+                trainer.add_callback(Tracking(trackers, ctx.progress, curve.points, every))
+            steps = trainer.run(ctx.journal.newest())
         ctx.facts["checkpoints"] = [str(finding) for finding in ctx.journal.findings]
     patch.unpatch(tuned)
     return curve, steps
