@@ -39,7 +39,8 @@ class Block:
     def trained_tokens(self) -> int:
         """How many positions carry a loss."""
         firsts = {0, *accumulate(self.lengths)}
-        return sum(label != IGNORE and index not in firsts for index, label in enumerate(self.labels))
+        taken = sum(self.labels[index] != IGNORE for index in firsts if index < len(self.labels))
+        return len(self.labels) - self.labels.count(IGNORE) - taken
 
 
 class Documents(Protocol):

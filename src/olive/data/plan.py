@@ -14,6 +14,7 @@ from olive.data.formats import turns
 from olive.data.mixture import Group, MixedRow, groups
 from olive.data.rows import columns, is_local, read, where
 from olive.data.runtime import Question
+from olive.data.size import sample, streams
 from olive.data.split import split_rows
 from olive.data.template import Text, check, check_turns, render_all
 from olive.data.tokens import LightTokenizer, load
@@ -58,6 +59,7 @@ class Preview(Frozen):
         longest_block: tokens in the longest block.
         eval_rows, eval_blocks: the part split off for evaluation.
         estimated: whether the counts are scaled up from a part of the rows.
+        streamed: whether rows are read some at a time; then their number is an estimate too.
         prompt, completion: the first row, rendered.
         ids, labels: the first row, tokenised; -100 marks what is not learnt.
         problems: warnings and notes.
@@ -75,6 +77,7 @@ class Preview(Frozen):
     eval_rows: int = 0
     eval_blocks: int = 0
     estimated: bool = False
+    streamed: bool = False
     prompt: str = ""
     completion: str = ""
     ids: tuple[int, ...] = ()
@@ -90,6 +93,7 @@ def preview(
     eval_size: float = 0,
     seed: int | None = None,
     runtime: bool = False,
+    memory: int | None = None,
 ) -> Preview:
     """Look at a data config as training will.
 
@@ -101,12 +105,13 @@ def preview(
         seed: the training's seed; None where it has none.
         runtime: ask ONNX Runtime GenAI too how it reads the first row; what it reads otherwise is an error
             among the problems.
+        memory: free bytes; data that would fill them is looked at in part, as it is to be read as a stream.
 
     Raises:
         OliveError: anything that would fail at the run; every fault found is in the one error.
     """
     try:
-        return _preview(config, base_dir, tokenizer_folder, eval_size, seed, runtime)
+        return _preview(config, base_dir, tokenizer_folder, eval_size, seed, runtime, memory)
     except OliveError as error:
         raise type(error)(problems=[_located(problem, config) for problem in error.problems]) from error
 
@@ -118,20 +123,25 @@ def _preview(
     eval_size: float,
     seed: int | None,
     runtime: bool,
+    memory: int | None,
 ) -> Preview:
     pre = config.pre_process_data_config
     missing = settings_missing(pre)
     if not is_local(config, base_dir):
         raise_errors(missing)
         return Preview(name=config.name, problems=tuple(_remote(config, base_dir)))
-    rows = read(config, base_dir)
+    streamed = memory is not None and streams(config, base_dir, memory)
+    looked_at = sample(config, base_dir) if streamed else None
+    rows = looked_at.rows if looked_at else read(config, base_dir)
+    total = looked_at.total if looked_at else len(rows)
     parts = groups(pre, rows)
     raise_errors([*missing, *(problem for part in parts for problem in check(part.pre, columns(part.rows)))])
-    found: dict[str, Any] = {"name": config.name, "rows": len(rows), "columns": columns(rows)}
-    if config.load_dataset_config.max_rows == len(rows):
-        found["max_rows"] = len(rows)
+    found: dict[str, Any] = {"name": config.name, "rows": total, "columns": columns(rows)}
+    found["streamed"] = streamed
+    if config.load_dataset_config.max_rows == total:
+        found["max_rows"] = total
     tokenizer = load(tokenizer_folder) if tokenizer_folder is not None else None
-    found["parts"] = tuple(_part(config, part, tokenizer) for part in parts)
+    found["parts"] = tuple(_part(config, part, tokenizer, total / len(rows)) for part in parts)
     chat = tokenizer.chat if tokenizer else None
     for part in parts:
         if chats(part.pre):
@@ -141,17 +151,19 @@ def _preview(
     first = next(part for part in parts if 0 in part.places)
     text = render_all(pre, rows[:1], chat)[0]
     found |= {"prompt": text.prompt, "completion": text.completion}
-    train, evaluation = split_rows(rows, eval_size, seed or 0, pre)
-    found["eval_rows"] = len(evaluation)
+    # of a sample, as large a share as of all rows
+    share = eval_size if eval_size < 1 or looked_at is None else min(eval_size / total, 0.5)
+    train, evaluation = split_rows(rows, share, seed or 0, pre)
+    found["eval_rows"] = round(len(evaluation) * total / len(rows))
     if tokenizer is None:
         return Preview(**found)
-    sample = tokenizer.encode_row(text, first.pre)
-    found |= {"ids": tuple(sample.ids), "labels": tuple(sample.labels)}
+    encoded = tokenizer.encode_row(text, first.pre)
+    found |= {"ids": tuple(encoded.ids), "labels": tuple(encoded.labels)}
     with _question(first.pre, rows[0], text, tokenizer, tokenizer_folder if runtime else None) as asked:
-        counts, blocks = _counts(train, config, tokenizer, seed)
-        problems = [*blocks.notes]
+        counts, blocks = _counts(train, config, tokenizer, seed, total / len(rows))
+        problems = [*blocks.notes, *([_streamed(total, len(rows))] if streamed else [])]
         if evaluation:
-            held, held_blocks = _counts(evaluation, config, tokenizer, seed, held_out=True)
+            held, held_blocks = _counts(evaluation, config, tokenizer, seed, total / len(rows), held_out=True)
             found["eval_blocks"] = held["blocks"]
             problems += [
                 replace(note, message=f"evaluation part: {note.message}") for note in held_blocks.notes
@@ -166,12 +178,12 @@ def chats(pre: PreProcess) -> bool:
     return bool(pre.chat_template) or pre.format is not None
 
 
-def _part(config: DataConfig, group: Group, tokenizer: LightTokenizer | None) -> PartPreview:
+def _part(config: DataConfig, group: Group, tokenizer: LightTokenizer | None, scale: float) -> PartPreview:
     """How rows become text, for the reader of the plan."""
     pre, row = group.pre, group.rows[0]
     made = PartPreview(
         name=row.source if isinstance(row, MixedRow) else config.name,
-        rows=len(group.rows),
+        rows=round(len(group.rows) * scale),
         train_on=pre.train_on or "all",
     )
     if not chats(pre):
@@ -213,17 +225,18 @@ def _counts(
     config: DataConfig,
     tokenizer: LightTokenizer,
     seed: int | None,
+    more: float,
     *,
     held_out: bool = False,
 ) -> tuple[Mapping[str, Any], Blocks]:
-    """Counts over all rows, and the blocks of those tokenised."""
+    """Counts over all rows, ``more`` times those given, and the blocks of those tokenised."""
     pre = config.pre_process_data_config
     slow = any(chats(part.pre) for part in groups(pre, rows))
     chosen, limit = rows, _COUNTED_CHATS if slow else _COUNTED
     if len(rows) > limit:
         chosen = [rows[index * len(rows) // limit] for index in range(limit)]
     blocks = (build_held_out if held_out else build)(chosen, pre, tokenizer, seed)
-    scale = len(rows) / len(chosen)
+    scale = more * len(rows) / len(chosen)
     if pre.max_samples is not None:
         scale = min(scale, pre.max_samples / len(blocks))
     return {
@@ -231,8 +244,16 @@ def _counts(
         "tokens": round(blocks.tokens * scale),
         "trained_tokens": round(blocks.trained_tokens * scale),
         "longest_block": max(len(block.ids) for block in blocks),
-        "estimated": len(chosen) < len(rows),
+        "estimated": scale != 1 and (more != 1 or len(chosen) < len(rows)),
     }, blocks
+
+
+def _streamed(total: int, looked_at: int) -> Problem:
+    return Problem(
+        f"read as a stream, for it is large or streaming is true: about {total:,} rows, of which the plan "
+        f"looked at the first {looked_at:,}; the others are checked at the run",
+        severity=Severity.NOTE,
+    )
 
 
 def _remote(config: DataConfig, base_dir: Path) -> list[Problem]:

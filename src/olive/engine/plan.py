@@ -220,6 +220,7 @@ def _previews(
                     eval_size=held_out,
                     seed=seed,
                     runtime=exported and not previews,
+                    memory=machine.memory_available,
                 )
             except OliveError as error:
                 findings.extend(error.problems)

@@ -13,6 +13,7 @@ from olive.models.artifact import Artifact
 from olive.passes.base import PassContext
 
 if TYPE_CHECKING:
+    from olive.data.tokens import LightTokenizer
     from olive.passes.finetune.tuning import TuningParams
 
 
@@ -30,26 +31,54 @@ def load(model: Artifact, params: TuningParams, ctx: PassContext) -> TrainingDat
     Raises:
         ConfigError: a data config is not there, its rows do not fit, or nothing would be learnt.
     """
-    from olive.data import blocks, rows, split, tokens
+    from olive.data import split, tokens
 
     tokenizer = tokens.load(model.path if model.base is None else model.base.path)
     seed = split.split_seed(params.training_args)
     config = _data(ctx, params.train_data_config)
-    pre = config.pre_process_data_config
-    read = rows.read(config, ctx.base_dir)
-    places, others = split.split_places(read, 0, seed)
-    if params.eval_dataset_size and not params.eval_data_config:
-        places, others = split.split_places(read, params.eval_dataset_size, seed, pre)
-    made = blocks.build([read[index] for index in places], pre, tokenizer, seed, places)
-    held: Blocks | None = None
-    if params.eval_data_config:
-        other = _data(ctx, params.eval_data_config)
-        asked = rows.read(other, ctx.base_dir)
-        held = blocks.build_held_out(asked, other.pre_process_data_config, tokenizer, seed)
-    elif others:
-        held = blocks.build_held_out([read[index] for index in others], pre, tokenizer, seed, others)
+    other = _data(ctx, params.eval_data_config) if params.eval_data_config else None
+    made, held = _build(config, tokenizer, seed, ctx, eval_size=0 if other else params.eval_dataset_size or 0)
     _tell(made, ctx)
+    if other is not None:
+        held, _ = _build(other, tokenizer, seed, ctx, evaluation=True)
     return TrainingData(made.blocks, held.blocks if held else [], tokenizer.decode)
+
+
+def _build(
+    config: DataConfig,
+    tokenizer: LightTokenizer,
+    seed: int,
+    ctx: PassContext,
+    *,
+    eval_size: float = 0,
+    evaluation: bool = False,
+) -> tuple[Blocks, Blocks | None]:
+    """Blocks of a data config, and those of the rows split off; in memory, or on disk where it is large."""
+    from olive.data import blocks, rows, size, split, stream
+
+    if size.streams(config, ctx.base_dir, ctx.machine.memory_available):
+        ctx.progress.start(f"tokens of {config.name}")
+        made = stream.build(
+            config,
+            ctx.base_dir,
+            tokenizer,
+            ctx.journal.path / ("tokens-evaluation" if evaluation else "tokens"),
+            seed=seed,
+            eval_size=eval_size,
+            evaluation=evaluation,
+            told=lambda done, total: ctx.progress.update(done, rows=total),
+        )
+        ctx.progress.finish()
+        ctx.facts["streamed"] = [*ctx.facts.get("streamed", []), config.name]
+        return made
+    pre, read = config.pre_process_data_config, rows.read(config, ctx.base_dir)
+    build = blocks.build_held_out if evaluation else blocks.build
+    places, others = split.split_places(read, eval_size, seed, pre)
+    held = [read[index] for index in others]
+    return (
+        build([read[index] for index in places], pre, tokenizer, seed, places),
+        blocks.build_held_out(held, pre, tokenizer, seed, others) if held else None,
+    )
 
 
 def _tell(made: Blocks, ctx: PassContext) -> None:

@@ -136,7 +136,7 @@ class Tuning(Pass[P]):
         activations = at_once * layers * (9 * hidden + 3 * inner) * width
         return Cost(
             memory=(800 << 20) + base + trained * 16 + activations,
-            disk=trained * 4 + 2 * trained * 12,
+            disk=trained * 4 + 2 * trained * 12 + 4 * sum(d.tokens for d in data.values() if d.streamed),
             seconds=_seconds(model, params, matrix_rate(machine, dtype), trained, train),
         )
 
