@@ -180,7 +180,8 @@ def _documents(documents: Documents, pre: PreProcess, seed: int | None, notes: l
     """Blocks of whole documents: one each, or packed."""
     taught, limit = _taught(documents, pre, notes), pre.max_seq_len
     if pre.strategy == "pack":
-        order, starts = packed([min(limit, documents.lengths[index]) for index in taught], limit)
+        sizes = array("I", (min(limit, documents.lengths[index]) for index in taught))
+        order, starts = packed(sizes, limit)
         return whole(documents, array("I", (taught[i] for i in order)), starts, limit, packed=True)
     if pre.strategy == "line-by-line-random" and taught:
         draw = _draws(pre, seed, len(taught))

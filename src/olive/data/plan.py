@@ -15,7 +15,7 @@ from olive.data.mixture import Group, MixedRow, groups
 from olive.data.rows import columns, is_local, read, where
 from olive.data.runtime import Question
 from olive.data.size import sample, streams
-from olive.data.split import split_rows
+from olive.data.split import split_rows, wanted_rows
 from olive.data.template import Text, check, check_turns, render_all
 from olive.data.tokens import LightTokenizer, load
 from olive.errors import OliveError, Problem, Severity, raise_errors
@@ -154,16 +154,17 @@ def _preview(
     # of a sample, as large a share as of all rows
     share = eval_size if eval_size < 1 or looked_at is None else min(eval_size / total, 0.5)
     train, evaluation = split_rows(rows, share, seed or 0, pre)
-    found["eval_rows"] = round(len(evaluation) * total / len(rows))
+    held_rows = found["eval_rows"] = wanted_rows(eval_size, total) if looked_at else len(evaluation)
     if tokenizer is None:
         return Preview(**found)
     encoded = tokenizer.encode_row(text, first.pre)
     found |= {"ids": tuple(encoded.ids), "labels": tuple(encoded.labels)}
     with _question(first.pre, rows[0], text, tokenizer, tokenizer_folder if runtime else None) as asked:
-        counts, blocks = _counts(train, config, tokenizer, seed, total / len(rows))
+        counts, blocks = _counts(train, config, tokenizer, seed, (total - held_rows) / len(train))
         problems = [*blocks.notes, *([_streamed(total, len(rows))] if streamed else [])]
         if evaluation:
-            held, held_blocks = _counts(evaluation, config, tokenizer, seed, total / len(rows), held_out=True)
+            more = held_rows / len(evaluation)
+            held, held_blocks = _counts(evaluation, config, tokenizer, seed, more, held_out=True)
             found["eval_blocks"] = held["blocks"]
             problems += [
                 replace(note, message=f"evaluation part: {note.message}") for note in held_blocks.notes

@@ -18,7 +18,7 @@ from olive.errors import ConfigError
 # What a byte of JSON Lines takes in memory as rows, texts and tokens; see benchmarks/streaming.py.
 IN_MEMORY = 28
 SHARE = 0.5  # of the free memory that data may take
-_SAMPLED = 4_000  # rows that a plan looks at
+_SAMPLED = 2_000  # rows that a plan looks at
 _PACKED = {"parquet": 4}  # bytes of rows in a byte of a file
 
 

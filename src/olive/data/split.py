@@ -124,12 +124,17 @@ def choose(
     return numpy.flatnonzero(~held_out), numpy.flatnonzero(held_out)
 
 
+def wanted_rows(eval_size: float, rows: int) -> int:
+    """Rows that ``eval_size`` means of ``rows``."""
+    # A share of 0.3 of 10 rows is 3, though 0.3 * 10 in floating point may be a hair more.
+    return math.ceil(round(eval_size * rows, 9)) if eval_size < 1 else int(eval_size)
+
+
 def _wanted(eval_size: float, rows: int, distinct: int) -> int:
     """Rows to split off."""
     if eval_size < 0:
         raise ConfigError(f"eval_dataset_size {eval_size} is negative", fix="give a share, 0.1, or a count")
-    # A share of 0.3 of 10 rows is 3, though 0.3 * 10 in floating point may be a hair more.
-    wanted = math.ceil(round(eval_size * rows, 9)) if eval_size < 1 else int(eval_size)
+    wanted = wanted_rows(eval_size, rows)
     if wanted >= rows or distinct < 2:
         raise ConfigError(
             f"eval_dataset_size {eval_size} leaves nothing to train on: {rows} rows, {distinct} distinct",

@@ -1,6 +1,7 @@
 """Data larger than memory: rows are read, rendered and tokenised some at a time, their tokens kept on disk.
 
-What is held in memory is 20 bytes a row, 32 more where rows are split off, and one chunk of rows.
+What is held in memory is some 50 bytes a row, 100 more where rows are split off, and one chunk of rows.
+Tokens are read with ``pread``, not mapped: pages of a map count as the process's own memory.
 """
 
 from __future__ import annotations
