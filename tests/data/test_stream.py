@@ -258,6 +258,33 @@ def test_blocks_are_read_in_other_processes_too(tmp_path: Path, tokenizer: Light
     assert list(made.blocks) == expected
 
 
+def test_processes_that_train_together_write_the_tokens_once(
+    tmp_path: Path, tokenizer: LightTokenizer
+) -> None:
+    given_config = config(write_rows(tmp_path / "a.jsonl", 300), strategy="pack")
+    reader, writer = os.pipe()
+    children = []
+    for _ in range(4):
+        if not (child := os.fork()):
+            encode = tokenizer.encode_rows
+
+            def noted(*given: Any, encode: Any = encode) -> Any:
+                os.write(writer, b"x")
+                return encode(*given)
+
+            tokenizer.encode_rows = noted  # type: ignore[method-assign]
+            made, _ = stream.build(given_config, tmp_path, tokenizer, tmp_path / "t", seed=0)
+            os._exit(0 if len(list(made.blocks)) == len(made) else 1)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        assert len(file.read()) == 2  # chunks of 256 rows
+    expected, _ = in_memory(given_config, tmp_path, tokenizer, 0, 0)
+    found, _ = stream.build(given_config, tmp_path, tokenizer, tmp_path / "t", seed=0)
+    same(expected, found)
+
+
 def test_a_fault_names_the_row(tmp_path: Path, tokenizer: LightTokenizer) -> None:
     path = write_rows(tmp_path / "a.jsonl", 600)
     with path.open("a") as file:

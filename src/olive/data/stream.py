@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from olive.config.workflow import DataConfig, PreProcess
 from olive.data import formats, rows
 from olive.data.blocks import Blocks, arrange, held_out, joiner_of, learning, settings_missing
@@ -84,8 +86,9 @@ def build(
         raise ConfigError(problems=missing)
     parts: list[_Part] = []
     limit, keyed = pre.max_seq_len, bool(eval_size)
-    writer = Writer(folder, limit, keyed=keyed)
-    with writer:
+    # processes that train one model together: one writes, the others find what it wrote
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "writing.lock"), Writer(folder, limit, keyed=keyed) as writer:
         order = _encode(config, base_dir, tokenizer, writer, parts, seed, told, mixed_in=bool(config.mix))
     store = writer.store
     pre = learning(pre, [part.pre for part in parts if part.count])
