@@ -83,6 +83,10 @@ class EnvironmentFault(OliveError):
     exit_code = 5
 
 
+class OutOfMemory(EnvironmentFault):
+    """Memory ran out in a place where asking for less may help."""
+
+
 class UntrustedInput(OliveError):
     """The input could execute code or leave its folder: pickle, remote code, a path that escapes."""
 

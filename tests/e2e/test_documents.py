@@ -212,6 +212,25 @@ def test_document_b_runs(tmp_path: Path) -> None:
     assert len(notes) == 1, done.stderr
 
 
+def test_document_c_runs_on_two_devices(tmp_path: Path) -> None:
+    folder = tiny_workspace(tmp_path)
+    document = today()
+    document["systems"]["local_system"]["devices"] = 2
+    document["passes"]["lora"]["training_args"]["gradient_accumulation_steps"] = 4
+    (folder / "c.json").write_text(json.dumps(document))
+    planned = olive("plan", "--config", "c.json", cwd=folder)
+    assert "x 2 ddp" in planned.stdout
+    done = olive("run", "--config", "c.json", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads((folder / "out" / "run.json").read_text())["steps"]
+    assert steps[0]["facts"]["micro_batch"]["processes"] == 2
+    # the number of devices is not in the key: one gives the same model
+    document["systems"]["local_system"]["devices"] = 1
+    (folder / "c.json").write_text(json.dumps(document))
+    again = olive("run", "--config", "c.json", cwd=folder)
+    assert "every step is in the cache" in again.stderr
+
+
 def test_document_c_runs_in_json_and_yaml(tmp_path: Path) -> None:
     import yaml
 

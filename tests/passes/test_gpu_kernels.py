@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,7 +103,13 @@ def test_low_rank_gradients_are_summed_in_float32() -> None:
         given = x.to(device, dtype).requires_grad_()
         kept = weight.to(device, dtype)
         out = fused.LoraLinear.apply(
-            given, lambda kept=kept: kept, None, *pair, fused.Factors(*pair), None, 0.5
+            given,
+            lambda kept=kept: kept,
+            None,
+            *pair,
+            fused.Factors(*(SimpleNamespace(weight=w) for w in pair)),
+            None,
+            0.5,
         )
         into = torch.autograd.grad(out, [given, *pair], grad.to(device, dtype))
         assert into[1].dtype == into[2].dtype == torch.float32

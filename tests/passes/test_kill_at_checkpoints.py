@@ -127,7 +127,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "eval_steps": 1,
             "load_best_model_at_end": True,
             # high enough that the best adapter is not the last one
-            "learning_rate": 0.3,
+            "learning_rate": 0.6,
         },
     },
 }

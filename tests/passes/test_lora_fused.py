@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -9,6 +11,10 @@ from torch.nn import functional
 from olive.passes.finetune import attention, fused, loss
 
 TOLERANCE = 1e-5
+
+
+def holding(weight: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(weight=weight)
 
 
 def close(ours: torch.Tensor, reference: torch.Tensor) -> None:
@@ -98,7 +104,7 @@ def test_lora_linear_equals_plain(drop: float) -> None:
 
     both(
         lambda x, a, b: fused.LoraLinear.apply(
-            x, lambda: weight, bias, a, b, fused.Factors(a, b), keep, 0.5 * grow
+            x, lambda: weight, bias, a, b, fused.Factors(*map(holding, (a, b))), keep, 0.5 * grow
         ),
         plain,
         x,
@@ -161,7 +167,7 @@ def test_attention_of_bfloat16_is_computed_in_float32() -> None:
 
 def test_factors_are_converted_once_a_generation() -> None:
     a, b = torch.ones(2, 4), torch.ones(6, 2)
-    factors = fused.Factors(a, b)
+    factors = fused.Factors(*map(holding, (a, b)))
     first = factors.scaled(torch.bfloat16, 0.5)
     a += 1
     assert factors.scaled(torch.bfloat16, 0.5)[0] is first[0]

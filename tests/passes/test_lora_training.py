@@ -119,7 +119,7 @@ def test_losses_equal_plain_peft_one_row_at_a_time(tmp_path: Path, make: Any, pr
     theirs = plain_losses(base, tmp_path, config, 3, accumulate)
     assert ours == pytest.approx(theirs, abs=1e-5)
     assert ctx.facts["fused_head"] is True
-    assert ctx.facts["micro_batch"]["accumulation_steps"] == 1
+    assert ctx.facts["micro_batch"]["passes_of_a_step"] == 1
     assert ours[0] != ours[-1]
 
 

@@ -49,6 +49,7 @@ def configure_finetune(parser: Parser) -> None:
     add("--precision", type=one_of(*PRECISIONS), default="int4", metavar="NAME",
         help=f"of the exported model: {', '.join(PRECISIONS)} (int4)")  # fmt: skip
     add("--device", type=one_of("cpu", "gpu"), metavar="NAME", help="cpu or gpu (what is there)")
+    add("--devices", type=count, metavar="N", help="how many devices train at once (every GPU, or one CPU)")
     add("--seed", type=whole, metavar="N", help="seed of the training")
     add(
         "--save-config", metavar="FILE", help="write the document here; olive run --config FILE does the same"
@@ -108,7 +109,8 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _request(args: argparse.Namespace) -> dict[str, Any]:
     same = ("model", "data", "method", "output_dir", "cache_dir", "split", "eval_data", "eval_size", "epochs",
-            "max_steps", "r", "alpha", "max_seq_len", "precision", "device", "seed", "download")  # fmt: skip
+            "max_steps", "r", "alpha", "max_seq_len", "precision", "device", "devices", "seed",
+            "download")  # fmt: skip
     return {name: getattr(args, name) for name in same} | {
         "template": args.template and args.template.replace("\\n", "\n").replace("\\t", "\t"),
         "text_cols": _names(args.text_cols) if args.text_cols else (),

@@ -77,11 +77,41 @@ class Accelerator(Frozen):
         return "CUDAExecutionProvider" if self.device == "gpu" else "CPUExecutionProvider"
 
 
+class Devices(Frozen):
+    """Processes that train one model together, each with a device of its own."""
+
+    count: int | Literal["auto"] = Field(
+        "auto", description="Devices of this machine; auto: every GPU that a step has a row for, or one CPU."
+    )
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="`ddp`: the whole model on each. `fsdp`: a part of every weight on each. auto: `ddp` "
+        "where the model fits.",
+    )
+
+    @field_validator("count")
+    @classmethod
+    def _some(cls, count: int | str) -> int | str:
+        if isinstance(count, int) and not 1 <= count <= 1024:
+            raise ValueError("between 1 and 1024 devices, or auto")
+        return count
+
+
 class LocalSystem(Frozen):
     """This machine."""
 
     type: Literal["LocalSystem"] = Field("LocalSystem", description="This machine.")
     accelerators: tuple[Accelerator, ...] = Field((Accelerator(),), description="The first is used.")
+    devices: Devices = Field(
+        Devices(),
+        description="How many devices train at once: a number, `auto`, or an object. A step has as many rows "
+        "as on one device, so the model is the same.",
+    )
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _counted(cls, devices: object) -> object:
+        return {"count": devices} if isinstance(devices, int | str) else devices
 
 
 class LoadDataset(Frozen):

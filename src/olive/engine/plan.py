@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from olive.config.loader import Loaded
-from olive.config.workflow import Accelerator, DataConfig, PassEntry, Workflow
+from olive.config.workflow import Accelerator, DataConfig, Devices, PassEntry, Workflow
 from olive.data.plan import Preview, preview
 from olive.data.rows import is_local
 from olive.data.rows import where as place_of
@@ -44,6 +44,7 @@ class PlannedStep:
         host: name of the system it runs on.
         accelerator: the host's device and providers.
         dtype: the dtype it trains in; empty where the step trains nothing.
+        processes, strategy: how many processes run it together, and how they share the model.
         key: cache key; None until the step before it has run.
         cached: the store holds its result.
         cost: expected memory, disk and time.
@@ -55,6 +56,8 @@ class PlannedStep:
     host: str
     accelerator: Accelerator
     dtype: str
+    processes: int
+    strategy: str
     key: str | None
     cached: bool
     cost: Cost
@@ -88,6 +91,11 @@ def accelerator_of(workflow: Workflow, system: str) -> Accelerator:
     """The device and providers of a system of the document."""
     accelerators = workflow.systems[system].accelerators if system in workflow.systems else ()
     return accelerators[0] if accelerators else Accelerator()
+
+
+def devices_of(workflow: Workflow, system: str) -> Devices:
+    """How many devices of a system train at once."""
+    return workflow.systems[system].devices if system in workflow.systems else Devices()
 
 
 def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | None = None) -> Plan:
@@ -168,6 +176,13 @@ def _check_devices(workflow: Workflow, machine: Machine) -> Iterator[Problem]:
                 '["CPUExecutionProvider"]}], or run on a machine with CUDA.',
                 exit_code=5,
             )
+        elif accelerator.device == "gpu" and _count(workflow, name) > len(machine.gpus):
+            yield Problem(
+                f"devices asks for {_count(workflow, name)} GPUs, and this machine has {len(machine.gpus)}",
+                where,
+                f"Set devices to {len(machine.gpus)} or auto.",
+                exit_code=5,
+            )
         elif accelerator.device == "npu":
             yield Problem("no pass of this version runs on an NPU", where, "Use cpu or gpu.", exit_code=5)
         elif accelerator.execution_provider not in machine.execution_providers:
@@ -178,6 +193,11 @@ def _check_devices(workflow: Workflow, machine: Machine) -> Iterator[Problem]:
                 "Name one of these, or install the onnxruntime build that brings it.",
                 exit_code=5,
             )
+
+
+def _count(workflow: Workflow, system: str) -> int:
+    count = devices_of(workflow, system).count
+    return 1 if count == "auto" else count
 
 
 def _check_trust(workflow: Workflow, info: ModelInfo) -> Iterator[Problem]:
@@ -348,6 +368,13 @@ def _steps(
             parts = _parts(loaded, entry, model, machine, store.root)
             step_key = make_key(parts)
             found = store.lookup(step_key, verify=False)
+        processes, strategy = 1, "ddp"
+        if info is not None:
+            devices = devices_of(workflow, host)
+            processes, strategy = resolve(entry.type)().processes(
+                info, entry.params, machine, accelerator, devices
+            )
+            findings += _check_idle(name, devices, processes)
         yield PlannedStep(
             name=name,
             type=entry.type,
@@ -355,11 +382,23 @@ def _steps(
             host=host,
             accelerator=accelerator,
             dtype=_dtype(entry, machine, accelerator),
+            processes=processes,
+            strategy=strategy,
             key=step_key,
             cached=found is not None,
             cost=_estimate(entry, info, machine, previews, findings) if info else Cost(memory=0, disk=0),
         )
         model = None if found is None or model is None else stored_artifact(found, model)
+
+
+def _check_idle(name: str, devices: Devices, processes: int) -> Iterator[Problem]:
+    if devices.count != "auto" and 1 < processes < devices.count:
+        yield Problem(
+            f"a step has {processes} rows: {processes} of {devices.count} devices train",
+            f"passes.{name}",
+            "Raise gradient_accumulation_steps, or name fewer devices.",
+            Severity.WARNING,
+        )
 
 
 def _parts(loaded: Loaded, entry: PassEntry, model: Artifact, machine: Machine, root: Path) -> dict[str, Any]:

@@ -143,8 +143,8 @@ def _compute(
     accelerator = accelerator_of(workflow, entry.host or workflow.host)
     target = accelerator_of(workflow, workflow.target)
     journal = state.store.journal(key)
-    needed = next(step.cost.disk for step in plan.steps if step.name == name)
-    with state.store.stage(needed=needed) as staging:
+    planned = next(step for step in plan.steps if step.name == name)
+    with state.store.stage(needed=planned.cost.disk) as staging:
         job = Job(
             step=name,
             type=entry.type,
@@ -157,6 +157,8 @@ def _compute(
             out=staging.path,
             journal=journal.path,
             tracking=plan.output_dir / TRACKING,
+            processes=planned.processes,
+            strategy=planned.strategy,
         )
         result, ctx = execute(job, state.progress)
         state.findings += result.findings

@@ -47,6 +47,11 @@ def probe() -> Machine:
     )
 
 
+def memory_available() -> int:
+    """Bytes free for this process now."""
+    return _memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))[1]
+
+
 def installed(distribution: str) -> str | None:
     """The installed version of a distribution, or None."""
     try:
@@ -178,9 +183,21 @@ def _nvidia() -> tuple[Gpu, ...]:
     try:
         count = ctypes.c_uint()
         nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        return tuple(gpu for index in range(count.value) if (gpu := _nvidia_device(nvml, index)) is not None)
+        found = (_nvidia_device(nvml, index) for index in _visible(count.value))
+        return tuple(gpu for gpu in found if gpu is not None)
     finally:
         nvml.nvmlShutdown()
+
+
+def _visible(count: int) -> list[int]:
+    """Numbers of the devices that CUDA_VISIBLE_DEVICES leaves; as many where it names them otherwise."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return list(range(count))
+    names = [name.strip() for name in named.split(",") if name.strip()]
+    if all(name.isdigit() for name in names):
+        return [int(name) for name in names if int(name) < count]
+    return list(range(min(count, len(names))))
 
 
 class _NvmlMemory(ctypes.Structure):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from olive.config.base import Frozen, PassParams
-from olive.config.workflow import Accelerator, DataConfig
+from olive.config.workflow import Accelerator, DataConfig, Devices
 from olive.data.plan import Preview
 from olive.errors import PassFailed, Problem
 from olive.hardware.machine import Machine
@@ -50,6 +50,24 @@ class Progress(Protocol):
         """Say one thing to the user."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process stands among those that run the same pass together.
+
+    Attributes:
+        rank, size: its number, and how many there are.
+        local_size: how many there are on this machine.
+        strategy: ``ddp``: the whole model in each; ``fsdp``: a part of every weight in each.
+        attempt: how often memory ran out in all of them together.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    strategy: str = "ddp"
+    attempt: int = 0
+
+
 @dataclass(slots=True)
 class PassContext:
     """What a pass is given to work with.
@@ -67,6 +85,7 @@ class PassContext:
         attributes: attributes of the artifact made.
         step: name of the step in the document.
         tracking: folder for experiment trackers, in the output folder; made when one is asked for.
+        place: among the processes that run the pass together.
     """
 
     out: Path
@@ -82,6 +101,7 @@ class PassContext:
     attributes: dict[str, Any] = field(default_factory=dict)
     step: str = "run"
     tracking: Path | None = None
+    place: Place = Place()
 
 
 class Pass(ABC, Generic[P]):
@@ -121,6 +141,12 @@ class Pass(ABC, Generic[P]):
     def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
         """Expected peak memory, disk and time; ``data`` counts the rows and tokens of each data config."""
         return Cost(memory=0, disk=0)
+
+    def processes(
+        self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator, devices: Devices
+    ) -> tuple[int, str]:
+        """How many processes run it together, and by which strategy; one unless a pass knows how."""
+        return 1, "ddp"
 
     @abstractmethod
     def run(self, model: Artifact, params: P, ctx: PassContext) -> None:

@@ -166,7 +166,8 @@ def _planned(step: PlannedStep) -> list[str]:
     return [
         step.name,
         step.type,
-        f"{step.accelerator.device} {step.dtype}".rstrip(),
+        f"{step.accelerator.device} {step.dtype}".rstrip()
+        + (f" x {step.processes} {step.strategy}" if step.processes > 1 else ""),
         figures.size(cost.memory) if cost.memory else "–",
         figures.size(cost.disk) if cost.disk else "–",
         f"~{figures.duration(cost.seconds)}" if cost.seconds else "–",

@@ -34,6 +34,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                     "device": step.accelerator.device,
                     "execution_provider": step.accelerator.execution_provider,
                     "dtype": step.dtype,
+                    "processes": step.processes,
+                    "strategy": step.strategy,
                     "key": step.key,
                     "cached": step.cached,
                     "cost": step.cost.model_dump(mode="json"),

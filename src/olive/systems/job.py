@@ -25,6 +25,8 @@ class Job(Frozen):
         out: empty staging folder.
         journal: folder of the step's checkpoints.
         tracking: folder for experiment trackers.
+        processes: how many processes run it together.
+        strategy: how they share the model: ``ddp`` or ``fsdp``.
     """
 
     step: str
@@ -38,6 +40,8 @@ class Job(Frozen):
     out: Path
     journal: Path
     tracking: Path | None = None
+    processes: int = 1
+    strategy: str = "ddp"
 
     @property
     def place(self) -> str:

@@ -1,4 +1,4 @@
-"""Run a job in this process."""
+"""Run a job on this machine: in this process, or in several together."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from typing import Any
 from olive.errors import EnvironmentFault, OliveError, PassFailed
 from olive.hardware.memory import collect_seldom, peak_memory, release_memory, reset_peak_memory
 from olive.hardware.probe import probe
-from olive.passes.base import Pass, PassContext, Progress
+from olive.passes.base import Pass, PassContext, Place, Progress
 from olive.passes.registry import resolve
 from olive.store.faults import environment_fault, full_disk
 from olive.store.journal import Journal
 from olive.systems.job import Job, JobResult
 
 
-def context(job: Job, progress: Progress) -> PassContext:
+def context(job: Job, progress: Progress, place: Place | None = None) -> PassContext:
     """What the pass of ``job`` is given."""
+    place, machine = place or Place(), probe()
+    if place.local_size > 1:
+        machine = machine.model_copy(update={"cores": max(1, machine.cores // place.local_size)})
     return PassContext(
         out=job.out,
-        machine=probe(),
+        machine=machine,
         accelerator=job.accelerator,
         target=job.target,
         data=job.data,
@@ -34,26 +37,37 @@ def context(job: Job, progress: Progress) -> PassContext:
         journal=Journal(job.journal),
         step=job.step,
         tracking=job.tracking,
+        place=place,
     )
 
 
-def execute(job: Job, progress: Progress) -> tuple[JobResult, PassContext]:
+def execute(job: Job, progress: Progress, place: Place | None = None) -> tuple[JobResult, PassContext]:
     """Run the pass into ``job.out`` and check what it wrote.
+
+    Args:
+        job: the job.
+        progress: where to say how far it is.
+        place: of this process among those that run the job together; None starts as many as the job needs.
 
     Raises:
         EnvironmentFault: disk or memory ran out.
         PassFailed: the pass raised, or its artifact is not what it declares.
     """
+    if place is None and job.processes > 1:
+        from olive.systems.gang import run_together
+
+        return run_together(job, progress), context(job, progress)
     prepare_process()
     technique = resolve(job.type)()
     params = technique.Params.model_validate(job.params)
-    ctx = context(job, progress)
+    ctx = context(job, progress, place)
     release_memory()
     reset_peak_memory()
     started = time.monotonic()
     with failures_named(job.place, job.out):
         technique.run(job.model, params, ctx)
-        _ensure(technique, job.out)
+        if ctx.place.rank == 0:
+            _ensure(technique, job.out)
         release_memory()
         return _result(ctx, time.monotonic() - started), ctx
 

@@ -90,10 +90,13 @@ class _Builder:
         data = self._parts(source, form)
         pre = form.settings | {"strategy": "pack", "max_seq_len": self._length(data)}
         document: dict[str, Any] = {"input_model": {"type": "HfModel", "model_path": request.model}}
+        system: dict[str, Any] = {"type": "LocalSystem"}
         if self.device == "gpu":
-            document["systems"] = {
-                "local_system": {"type": "LocalSystem", "accelerators": [{"device": "gpu"}]}
-            }
+            system["accelerators"] = [{"device": "gpu"}]
+        if request.devices is not None:
+            system["devices"] = request.devices
+        if len(system) > 1:
+            document["systems"] = {"local_system": system}
         document["data_configs"] = [
             {"name": name, "load_dataset_config": found, "pre_process_data_config": pre}
             for name, found in (("train", data.train), ("held_out", data.held_out))

@@ -63,6 +63,7 @@ class Request:
     max_seq_len: int | None = None
     precision: str = "int4"
     device: str | None = None
+    devices: int | None = None
     seed: int | None = None
     download: bool = False
 

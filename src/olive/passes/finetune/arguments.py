@@ -1,16 +1,14 @@
-"""From ``training_args`` to transformers' ``TrainingArguments``, and how rows become micro-batches."""
+"""From ``training_args`` to transformers' ``TrainingArguments``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from olive.errors import ConfigError
 from olive.passes.finetune.stopping import PATIENCE, THRESHOLD, Patience
 
-# token budget of one forward pass: on a CPU more gains nothing and its activations leave the caches
-BUDGET = {"cpu": 1024, "gpu": 8192}
 # Olive's defaults where they differ from transformers'
 _DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 1,
@@ -30,6 +28,10 @@ _OURS = {
     "do_predict": "",
     "remove_unused_columns": "",
     "overwrite_output_dir": "",
+    "auto_find_batch_size": "",
+    "fsdp": "`devices` of the system says how many processes train, and how",
+    "fsdp_config": "`devices` of the system says how many processes train, and how",
+    "deepspeed": "it is not used: `devices` of the system says how many processes train, and how",
 }
 _OLD_NAMES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}
 
@@ -89,6 +91,13 @@ def _save_strategy(given: Mapping[str, Any]) -> str:
     return "steps" if "save_steps" in given else "no"
 
 
+def rows_of_a_step(given: Mapping[str, Any]) -> int:
+    """Rows of an optimizer step, however many devices share them."""
+    return int(given.get("per_device_train_batch_size") or 1) * int(
+        given.get("gradient_accumulation_steps") or 1
+    )
+
+
 def timed_saves(given: Mapping[str, Any]) -> bool:
     """Whether checkpoints are made by the clock, since the document does not say when."""
     return "save_strategy" not in given and "save_steps" not in given
@@ -123,22 +132,3 @@ def build(known: Mapping[str, Any]) -> Any:
         raise ConfigError(f"training_args: {error}", fix="correct the value") from error
     args.load_best_model_at_end = bool(best)
     return args
-
-
-def micro_batch(lengths: Sequence[int], rows: int, budget: int) -> int:
-    """Rows of one forward pass: the largest divisor of a step's ``rows`` that fits ``budget`` tokens.
-
-    The loss is a sum over label tokens divided by their number in the whole optimizer step, so how its rows
-    are cut into forward passes does not change the gradient.
-
-    Args:
-        lengths: tokens of every row.
-        rows: batch size times accumulation steps.
-        budget: tokens of one forward pass.
-    """
-    mean = sum(lengths) / max(1, len(lengths))
-    best = 1
-    for size in range(1, rows + 1):
-        if rows % size == 0 and size * mean <= budget * 1.02:
-            best = size
-    return best

@@ -8,6 +8,7 @@ the numbers are the same, and nothing is expanded in every product.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,17 @@ class QuantisedLinear(nn.Linear):
     def __init__(self, value: Quantised, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = value.shape
-        self.value, self.dtype = value, dtype
-        # the codes are the weight, so that whoever asks for its device is told
+        self.dtype = dtype
+        # the codes are the weight: they move and are sharded as weights are
+        self._scales = replace(value, codes=value.codes[:0])
         self.weight = nn.Parameter(value.codes, requires_grad=False)
         frozen = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
         self.register_parameter("bias", frozen)
+
+    @property
+    def value(self) -> Quantised:
+        """The quantised (out, in) weight."""
+        return replace(self._scales, codes=self.weight)
 
     def dense(self) -> torch.Tensor:
         """The (out, in) weight, expanded."""
@@ -64,8 +71,8 @@ class QuantisedLinear(nn.Linear):
         """Follow the model to another device; scales keep their dtype whatever the model is cast to."""
         device = fn(torch.empty(0, device=self.weight.device)).device
         if device != self.weight.device:
-            self.value = self.value.to(device)
-            self.weight.data = self.value.codes
+            self._scales = self._scales.to(device)
+            self.weight.data = self.weight.data.to(device)
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
         return self
@@ -132,7 +139,8 @@ def round_base(base: Any, folder: Path, seen: Seen, dtype: Dtype, ctx: PassConte
     device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
     wide = getattr(torch, dtype)
     expanded = sum(base.get_submodule(name).weight.numel() for name in seen.modules) * wide.itemsize
-    keep = device == "cpu" and expanded < _HEADROOM * ctx.machine.memory_available
+    whole = ctx.place.strategy != "fsdp" or ctx.place.size == 1
+    keep = device == "cpu" and whole and expanded < _HEADROOM * ctx.machine.memory_available
     quantise_base(base, folder, seen, dtype=wide, device=device, keep_expanded=keep)
     base.olive_seen = seen
     ctx.facts["base"] = f"{seen.kind}, {'expanded once' if keep else 'expanded in each product'}"

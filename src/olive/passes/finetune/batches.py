@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from olive.passes.finetune.loss import IGNORE
 
-_HEAD = 16  # tokens that blocks are looked up by
 _WORDS = 24  # tokens shown of a row
 _TOLD = 8  # rows named in a message
 
@@ -64,27 +63,17 @@ class Blocks(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> TokenBlock:
         return self.blocks[index]
 
-    def told(self, batch: Sequence[int]) -> str:
-        """Which rows a batch holds, for a message: their numbers and first words.
 
-        Args:
-            batch: token ids of a batch as ``collate`` made it of these blocks.
-        """
-        heads = {tuple(batch[start : start + _HEAD]) for start in range(len(batch))}
-        near = [block for block in self.blocks if tuple(block.ids[:_HEAD]) in heads or len(block.ids) < _HEAD]
-        left, said = list(batch), list[str]()
-        # of blocks of which one begins as another, the longest is meant
-        near.sort(key=lambda block: -len(block.ids))
-        while block := next((block for block in near if left[: len(block.ids)] == list(block.ids)), None):
-            start = 0
-            for length, row in zip(block.lengths, block.rows, strict=True):
-                words = self.decode(left[start : start + length][:_WORDS]) if self.decode else ""
-                said.append(row + (f" ({' '.join(words.split())[:60]!r} ...)" if words else ""))
-                start += length
-            left = left[len(block.ids) :]
-            if not left:
-                break
-        return ", ".join(said[:_TOLD]) + (f" and {len(said) - _TOLD} more" if len(said) > _TOLD else "")
+def told(blocks: Iterable[TokenBlock], decode: Callable[[Sequence[int]], str] | None) -> str:
+    """Which rows blocks are made of, for a message: their names and first words."""
+    said = []
+    for block in blocks:
+        start = 0
+        for length, row in zip(block.lengths, block.rows, strict=False):
+            words = decode(block.ids[start : start + min(length, _WORDS)]) if decode else ""
+            said.append(row + (f" ({' '.join(words.split())[:60]!r} ...)" if words else ""))
+            start += length
+    return ", ".join(said[:_TOLD]) + (f" and {len(said) - _TOLD} more" if len(said) > _TOLD else "")
 
 
 def targets(block: TokenBlock) -> list[int]:
@@ -95,6 +84,11 @@ def targets(block: TokenBlock) -> list[int]:
         shifted += [*block.labels[start + 1 : start + length], IGNORE]
         start += length
     return shifted
+
+
+def labelled(block: TokenBlock) -> int:
+    """How many positions carry a loss."""
+    return sum(label != IGNORE for label in targets(block))
 
 
 def collate(blocks: Sequence[TokenBlock]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Imported only where torch is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.nn import functional
@@ -152,29 +152,38 @@ class SplitRotate(torch.autograd.Function):
         return result.view(query.shape[0], -1), None, None, None, None
 
 
+class Layer(Protocol):
+    """What holds a weight."""
+
+    @property
+    def weight(self) -> Any:
+        """The weight now."""
+
+
 class Factors:
     """A low-rank pair in the dtype of the activations, converted once a ``generation``.
 
     Fused optimizers leave no trace on the parameters they change, so whoever steps one raises ``generation``.
 
     Args:
-        a: (rank, in) parameter.
-        b: (out, rank) parameter.
+        down: linear layer of the (rank, in) parameter A.
+        up: linear layer of the (out, rank) parameter B.
     """
 
     generation: ClassVar[int] = 0
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        self.a, self.b = a, b
+    def __init__(self, down: Layer, up: Layer) -> None:
+        # asked anew each time: sharded parameters are other tensors while a layer runs
+        self.down, self.up = down, up
         self._made_of: tuple[Any, ...] = ()
-        self._pair = (a, b)
+        self._pair = (down.weight, up.weight)
 
     def scaled(self, dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
         """``factor * A`` and ``B`` in ``dtype``."""
         made_of = (Factors.generation, dtype, factor)
         if made_of != self._made_of:
             with torch.no_grad():
-                self._pair = (self.a * factor).to(dtype), self.b.to(dtype)
+                self._pair = (self.down.weight * factor).to(dtype), self.up.weight.to(dtype)
             self._made_of = made_of
         return self._pair
 
@@ -219,8 +228,8 @@ class LoraLinear(torch.autograd.Function):
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         down, up = factors.scaled(grad.dtype, ctx.factor)
         into_low = grad @ up
-        into_b = _wide_product(grad, low, factors.b.dtype)
-        into_a = _wide_product(into_low, flat, factors.a.dtype).mul_(ctx.factor)
+        into_b = _wide_product(grad, low, factors.up.weight.dtype)
+        into_a = _wide_product(into_low, flat, factors.down.weight.dtype).mul_(ctx.factor)
         into_x = None
         if ctx.needs_input_grad[0]:
             into_x = grad @ ctx.weight()

@@ -149,7 +149,7 @@ def _lora(module: nn.Module) -> Callable[..., Any] | None:
         return None
     probability = float(getattr(drop, "p", 0.0))
     scale = float(module.scaling[name])
-    factors = fused.Factors(low.weight, high.weight)
+    factors = fused.Factors(low, high)
 
     def forward(self: Any, plain: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or self.disable_adapters or self.merged:

@@ -1,72 +1,33 @@
 """transformers' Trainer with packed micro-batches, the fused loss and journalled checkpoints.
 
-Imported only where torch already is.
+transformers sees one batch an optimizer step: all its rows. Each process takes its share of them, in forward
+passes that fit its memory. Imported only where torch already is.
 """
 
 from __future__ import annotations
 
+import gc
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import PrinterCallback, Trainer
 
-from olive.errors import PassFailed
+from olive.errors import OutOfMemory, PassFailed
 from olive.passes.base import Progress
 from olive.passes.finetune import checkpoints
-from olive.passes.finetune.batches import Blocks, Order, collate
-from olive.passes.finetune.fused import Factors
-from olive.passes.finetune.loss import IGNORE, head_is_plain, linear_cross_entropy, reference_loss
+from olive.passes.finetune.batches import Blocks, Order, TokenBlock, collate, labelled, told
+from olive.passes.finetune.cuts import cut, share
+from olive.passes.finetune.follow import Follow, stopping_after_the_step
+from olive.passes.finetune.loss import IGNORE
+from olive.passes.finetune.memory import Passes
+from olive.passes.finetune.parallel import World, is_sharded
 from olive.passes.finetune.stopping import Curve
 from olive.store.journal import Checkpoint, Journal
-
-
-def install_loss(causal: Any) -> bool:
-    """Let a causal language model return the sum of its losses over packed, already shifted labels.
-
-    Returns:
-        Whether the fused head is in use; False when the head is trained or the model does more than a linear
-        layer to its hidden states, and the logits come from the model itself.
-    """
-    plain = causal.forward
-    head = causal.get_output_embeddings()
-    fused = head_is_plain(head) and _head_matches(causal, plain, head)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs.pop("olive_loss", False):
-            return plain(*args, **kwargs)
-        labels, smoothing = kwargs.pop("labels"), kwargs.pop("label_smoothing", 0.0)
-        if fused:
-            hidden = causal.base_model(*args, use_cache=False, **kwargs)[0]
-            loss = linear_cross_entropy(
-                hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, smoothing=smoothing
-            )
-        else:
-            keep = (labels.flatten() != IGNORE).nonzero().squeeze(1)
-            logits = plain(*args, use_cache=False, logits_to_keep=keep, **kwargs).logits
-            loss = reference_loss(logits.flatten(0, 1), labels.flatten()[keep], smoothing)
-        return CausalLMOutput(loss=loss)
-
-    causal.forward = forward
-    return fused
-
-
-def _head_matches(causal: Any, plain: Any, head: Any) -> bool:
-    ids = torch.arange(4, device=head.weight.device)[None]
-    was = causal.training
-    causal.eval()
-    with torch.no_grad():
-        logits = plain(input_ids=ids, use_cache=False).logits.float()
-        own = head(causal.base_model(input_ids=ids, use_cache=False)[0]).float()
-    causal.train(was)
-    return bool(torch.allclose(logits, own, rtol=1e-3, atol=1e-3 * float(own.abs().max() + 1e-6)))
 
 
 class PackedTrainer(Trainer):
@@ -74,9 +35,12 @@ class PackedTrainer(Trainer):
 
     Args:
         model: PEFT model whose causal model went through ``install_loss``.
-        args: arguments; batch sizes already fused.
+        args: arguments; the batch size is that of the whole optimizer step.
         train: blocks to train on.
         held_out: blocks to evaluate on.
+        passes: how a step is cut; made smaller where memory runs out.
+        may_checkpoint: whether activations may be computed twice when memory runs out.
+        world: the processes that train together.
         journal: where checkpoints go.
         progress: where to say how far training is.
         curve: points already known, and where new ones go.
@@ -92,6 +56,9 @@ class PackedTrainer(Trainer):
         train: Blocks,
         held_out: Blocks | None,
         *,
+        passes: Passes,
+        may_checkpoint: bool = True,
+        world: World | None = None,
         journal: Journal,
         progress: Progress,
         curve: Curve,
@@ -99,33 +66,39 @@ class PackedTrainer(Trainer):
     ) -> None:
         smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
         super().__init__(
-            model=model, args=args, train_dataset=train, eval_dataset=held_out, data_collator=collate
+            model=model, args=args, train_dataset=train, eval_dataset=held_out, data_collator=list
         )
         self.smoothing = smoothing
+        self.passes, self.may_checkpoint, self.world = passes, may_checkpoint, world or World()
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Follow(self, save_seconds))
+        self.add_callback(Follow(self, save_seconds))
         self.journal, self.progress, self.curve = journal, progress, curve
         self.args._n_gpu = min(1, self.args.n_gpu)
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+        self.sharded = any(is_sharded(p) for p in model.parameters())
         self.best: dict[str, torch.Tensor] | None = None
         self.losses: list[torch.Tensor] = []
-        self.batches: list[torch.Tensor] = []
+        self.rows: list[TokenBlock] = []
         self.step_tokens = 0
         self.stop: int | None = None
+        self.said = ""
+        if self.world.rank:  # other dropout than the first process
+            torch.manual_seed(args.seed + self.world.rank)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data: Blocks = self.train_dataset if train_dataset is None else train_dataset
         strategy = getattr(self.args, "train_sampling_strategy", "random")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        rows = self.args.per_device_train_batch_size
         return Order(data.sizes, strategy, seed, rows)
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return torch.utils.data.SequentialSampler(eval_dataset)
-
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int:
-        return sum(int((batch["labels"] != IGNORE).sum()) for batch in batch_samples)
+        return sum(labelled(block) for batch in batch_samples for block in batch)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if getattr(self.args, "include_num_input_tokens_seen", "no") not in ("no", False):
+            self.state.num_input_tokens_seen += sum(len(block.ids) for block in inputs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -137,49 +110,140 @@ class PackedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """One forward and backward; the loss is read when the step ends."""
-        self.step_tokens += inputs["input_ids"].numel()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        """Every forward and backward pass of one optimizer step; the loss is read when the step ends.
+
+        A step that does not fit into memory is done again in smaller passes: nothing was changed by it.
+
+        Args:
+            model: the model.
+            inputs: the rows of the step.
+            num_items_in_batch: labels in them.
+        """
+        self.rows = inputs
+        self.step_tokens += sum(len(block.ids) for block in inputs)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        while True:
+            losses = self._attempt(model, inputs, num_items_in_batch)
+            (failed,) = self.world.any(losses is None) if not self.sharded else (losses is None,)
+            if not failed:
+                break
+            self._take_less(inputs)
+        self.world.sum_gradients(model.parameters())
         # read at the end of the step: asking now would hold up what a GPU has yet to be given
-        self.losses.append(loss.detach())
-        self.batches.append(inputs["input_ids"])
-        return loss
+        self.losses += losses or []
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
+
+    def _attempt(self, model: Any, rows: list[TokenBlock], count: int) -> list[torch.Tensor] | None:
+        """The losses of this process's passes, their gradients added up; None when memory ran out."""
+        # gradients of sharded weights are averaged over the processes
+        grow = self.world.size if self.sharded else 1
+        losses = []
+        try:
+            for inputs in self._passes(rows):
+                prepared = self._prepare_inputs(inputs)
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, prepared, num_items_in_batch=count)
+                self.accelerator.backward(loss * grow)
+                losses.append(loss.detach())
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            self.said = str(error).split("\n")[0]
+        else:
+            return losses
+        if self.sharded:  # the others wait inside their layers: all have to begin again
+            raise OutOfMemory(f"memory ran out in step {self.state.global_step + 1}: {self.said}")
+        return None
+
+    def _passes(self, rows: Sequence[TokenBlock]) -> list[dict[str, Any]]:
+        """This process's forward passes over ``rows``, as many as the others' where weights are sharded."""
+        mine = [self._cut(rows, part) for part in share([len(row.ids) for row in rows], self.world.size)]
+        made = [collate(part) for part in mine[self.world.rank]]
+        if self.sharded:
+            idle = collate(rows[:1])
+            idle["labels"] = torch.full_like(idle["labels"], IGNORE)
+            made += [idle] * (max(map(len, mine)) - len(made))
+        return made
+
+    def _cut(self, rows: Sequence[TokenBlock], part: list[int]) -> list[list[TokenBlock]]:
+        lengths = [len(rows[row].ids) for row in part]
+        return [[rows[part[i]] for i in indices] for indices in cut(lengths, self.passes.tokens)]
+
+    def _take_less(self, rows: Sequence[TokenBlock]) -> None:
+        """Cut smaller after memory ran out: half the tokens, or activations computed twice, or give up."""
+        self.model.zero_grad()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        parts = share([len(row.ids) for row in rows], self.world.size)
+        tried = [cut_ for part in parts for cut_ in self._cut(rows, part)]
+        tokens = max(sum(len(row.ids) for row in cut_) for cut_ in tried)
+        where = f"memory ran out in step {self.state.global_step + 1} with {tokens} tokens a forward pass"
+        if self.said:
+            where += f" ({self.said})"
+        if any(len(cut_) > 1 for cut_ in tried):
+            self.passes = replace(self.passes, tokens=max(1, tokens // 2))
+            self.progress.note(f"{where}; going on with {self.passes.tokens} of them at once")
+        elif self.may_checkpoint and not self.passes.checkpointing:
+            self.passes = replace(self.passes, checkpointing=True)
+            self.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs
+                or {"use_reentrant": False}
+            )
+            self.progress.note(f"{where}; going on with activations computed twice")
+        else:
+            raise OutOfMemory(
+                f"{where}, one row at a time"
+                + (" and activations computed twice" if self.passes.checkpointing else ""),
+                fix="Lower max_seq_len or the rank, use QLoRA, or use a larger device."
+                if self.passes.checkpointing
+                else "Take gradient_checkpointing: false out, lower max_seq_len, or use a larger device.",
+            )
 
     def read_losses(self) -> float:
         """The loss of the step that ends; stops on one that is no number, before anything is saved."""
         values = [float(loss) for loss in self.losses]
-        batches, self.batches = self.batches, []
         self.losses.clear()
-        bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
-        if bad is not None:
+        whole = float(self.world.total(torch.tensor(sum(values), dtype=torch.float64)))
+        if not math.isfinite(whole):
+            bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
             raise PassFailed(
-                f"the loss became {values[bad]} in step {self.state.global_step}"
-                + (f", forward pass {bad + 1} of {len(values)}" if len(values) > 1 else "")
-                + f", on {self.train_dataset.told(batches[bad].flatten().tolist())}",
-                fix="Lower learning_rate, or train in float32; look at these rows where it comes back.",
+                f"the loss became {whole} in step {self.state.global_step}{self._among(bad, len(values))}",
+                fix="Lower learning_rate, or train in float32; look at the rows where it comes back.",
             )
-        return sum(values)
+        return whole
+
+    def _among(self, bad: int | None, passes: int) -> str:
+        """Which forward pass and rows of the step a message is about; nothing where they are another's."""
+        if bad is None:
+            return ""
+        part = share([len(row.ids) for row in self.rows], self.world.size)[self.world.rank]
+        rows = told(self._cut(self.rows, part)[bad], self.train_dataset.decode)
+        return (f", forward pass {bad + 1} of {passes}" if passes > 1 else "") + f", on {rows}"
 
     def floating_point_ops(self, inputs: Any) -> int:
         """4 a parameter and token: the weights are frozen, so there is no gradient of them."""
         if not hasattr(self, "_parameters"):
             self._parameters = sum(p.numel() for p in self.model.parameters())
-        return int(4 * self._parameters * inputs["input_ids"].numel())
+        return int(4 * self._parameters * sum(len(block.ids) for block in inputs))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> Any:
         """Mean loss a label token over the evaluation rows."""
-        total, count, began = 0.0, 0, time.perf_counter()
+        blocks = (self.eval_dataset if eval_dataset is None else eval_dataset).blocks
+        sums, began = torch.zeros(2, dtype=torch.float64), time.perf_counter()
         self.model.eval()
-        for batch in self.get_eval_dataloader(eval_dataset):
+        for batch in self._passes(blocks):
             inputs = self._prepare_inputs(batch)
             labels = int((inputs["labels"] != IGNORE).sum())
-            if labels:
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    total += float(self.compute_loss(self.model_wrapped, inputs)) * labels
-                count += labels
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = float(self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=1))
+            sums += torch.tensor([loss, labels], dtype=torch.float64)
         self.model.train()
+        total, count = self.world.total(sums).tolist()
         metrics = {
             f"{metric_key_prefix}_loss": total / max(1, count),
             f"{metric_key_prefix}_runtime": time.perf_counter() - began,
@@ -202,22 +266,20 @@ class PackedTrainer(Trainer):
             "seconds": self.curve.seconds,
             "done": self.curve.stopped or self.state.global_step >= self.state.max_steps,
         }
-        self.journal.commit(
-            self.state.global_step, lambda folder: checkpoints.write(folder, self, self.best), state
-        )
+        write = checkpoints.write(self, self.best)
+        if self.world.first:
+            self.journal.commit(self.state.global_step, write, state)
+        self.world.wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        from safetensors.torch import load_file
-
         folder = Path(resume_from_checkpoint)
-        checkpoints.load_trained(self.model, load_file(folder / checkpoints.ADAPTER))
-        if (folder / checkpoints.BEST).exists():
-            self.best = load_file(folder / checkpoints.BEST)
+        checkpoints.load_trained(self.model, checkpoints.weights(folder))
+        self.best = checkpoints.best_weights(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state = checkpoints.read(Path(checkpoint))
-            self.optimizer.load_state_dict(state["optimizer"])
+            checkpoints.load_optimizer(self.optimizer, state["optimizer"])
             self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -229,10 +291,13 @@ class PackedTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            checkpoints.set_rng_state(checkpoints.read(Path(checkpoint))["rng"])
+            checkpoints.set_rng_state(checkpoints.read(Path(checkpoint))["rng"], self.world.rank)
 
     def run(self, checkpoint: Checkpoint | None) -> int:
-        """Train to the end, from ``checkpoint`` where there is one; returns the steps done in all."""
+        """Train to the end, from ``checkpoint`` where there is one; returns the steps done in all.
+
+        The best weights, where they are asked for, are in ``best`` and not yet in the model.
+        """
         if checkpoint is not None:
             kept = checkpoint.state
             self.curve.points[:] = kept["points"]
@@ -245,100 +310,18 @@ class PackedTrainer(Trainer):
         else:
             with stopping_after_the_step(self):
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
-        if self.args.load_best_model_at_end and self.best is not None:
-            checkpoints.load_trained(self.model, self.best)
         return int(self.state.global_step)
 
 
-@contextmanager
-def stopping_after_the_step(trainer: PackedTrainer) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end training with a checkpoint, and then do what they always do.
-
-    The second signal does that at once.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: Any) -> None:
-        trainer.stop = number
-        for each, usual in before.items():
-            signal.signal(each, usual)
-        trainer.progress.note("stopping after this step, with a checkpoint; once more stops now")
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, usual in before.items():
-            signal.signal(number, usual)
-    if trainer.stop is not None:
-        signal.raise_signal(trainer.stop)
-
-
-class _Follow(TrainerCallback):
-    """Progress, the curve, and saving by the clock."""
-
-    def __init__(self, trainer: PackedTrainer, save_seconds: float | None) -> None:
-        self.trainer, self.save_seconds = trainer, save_seconds
-        self.began = self.saved = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.progress.start("training", state.max_steps)
-        self.trainer.progress.update(state.global_step)
-        self.began = self.saved = time.perf_counter()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        Factors.generation += 1
-        self.began = time.perf_counter()
-        self.trainer.step_tokens = 0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.rate = float(self.trainer._get_learning_rate())
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        Factors.generation += 1
-        trainer = self.trainer
-        step_loss, now = trainer.read_losses(), time.perf_counter()
-        speed = trainer.step_tokens / max(now - self.began, 1e-9)
-        trainer.curve.tokens += trainer.step_tokens
-        trainer.curve.seconds += now - self.began
-        trainer.curve.points.append(
-            {
-                "step": state.global_step,
-                "loss": step_loss,
-                "tokens_per_second": speed,
-                "learning_rate": self.rate,
-            }
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(
+        text in said
+        for text in (
+            *("can't allocate memory", "CUDA out of memory", "STATUS_ALLOC_FAILED"),
+            *("could not create a primitive", "could not create a memory"),  # of oneDNN
         )
-        trainer.progress.update(
-            state.global_step, loss=round(step_loss, 4), tokens_per_second=round(speed, 1)
-        )
-        if trainer.stop is not None:
-            control.should_save = control.should_training_stop = True
-            return control
-        if self.save_seconds is not None:
-            last = state.global_step >= state.max_steps
-            if last or now - self.saved >= self.save_seconds:
-                control.should_save = True
-                self.saved = now
-        return control
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> Any:
-        loss = float((metrics or {}).get("eval_loss", math.nan))
-        points = self.trainer.curve.points
-        if points and points[-1]["step"] == state.global_step:
-            points[-1]["eval_loss"] = loss
-        else:
-            points.append({"step": state.global_step, "eval_loss": loss})
-        if self.trainer.curve.stopped:
-            self.trainer.progress.note(
-                f"stopping early at step {state.global_step}: eval_loss no longer falls"
-            )
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.progress.finish()
+    )

@@ -56,7 +56,8 @@ def _build(
     """Blocks of a data config, and those of the rows split off; in memory, or on disk where it is large."""
     from olive.data import blocks, rows, size, split, stream
 
-    if size.streams(config, ctx.base_dir, ctx.machine.memory_available):
+    free = ctx.machine.memory_available // ctx.place.local_size
+    if size.streams(config, ctx.base_dir, free):
         ctx.progress.start(f"tokens of {config.name}")
         made = stream.build(
             config,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from pydantic import Field
 
 from olive.config.base import Dtype, PassParams
-from olive.config.workflow import Accelerator
+from olive.config.workflow import Accelerator, Devices
 from olive.data.plan import Preview
 from olive.errors import ConfigError, PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
@@ -21,14 +21,12 @@ from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.seen import Seen
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.finetune import arguments, stopping, tracking, training_data
+from olive.passes.finetune.memory import MOST_TOKENS, token_bytes
 from olive.passes.finetune.targets import adapted, check_targets, targets
-from olive.passes.finetune.training_data import TrainingData
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
-
-    from olive.passes.finetune.batches import Blocks
 
 _USUAL_SHARE = 0.6  # of the nominal matrix rate that training reaches
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -129,25 +127,43 @@ class Tuning(Pass[P]):
         dtype = params.torch_dtype or training_dtype(machine, "cpu")
         width, train = _BYTES[dtype], data.get(params.train_data_config)
         trained, base = self.trained_parameters(model, params), self.base_bytes(model, params, width)
-        config = model.config
-        hidden, layers = int(config.get("hidden_size", 1024)), int(config.get("num_hidden_layers", 24))
-        inner = int(config.get("intermediate_size", 4 * hidden))
-        at_once = max(arguments.BUDGET["cpu"], train.longest_block if train else 0)
-        activations = at_once * layers * (9 * hidden + 3 * inner) * width
+        at_once = max(MOST_TOKENS["cpu"], train.longest_block if train else 0)
+        twice = params.training_args.get("gradient_checkpointing") is True
+        activations = at_once * token_bytes(model.config, width, checkpointing=twice)
         return Cost(
             memory=(800 << 20) + base + trained * 16 + activations,
             disk=trained * 4 + 2 * trained * 12 + 4 * sum(d.tokens for d in data.values() if d.streamed),
             seconds=_seconds(model, params, matrix_rate(machine, dtype), trained, train),
         )
 
+    def processes(
+        self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator, devices: Devices
+    ) -> tuple[int, str]:
+        """Every GPU that a step has a row for, one process on a CPU; whole models where they fit."""
+        on_gpu, rows = accelerator.device == "gpu", arguments.rows_of_a_step(params.training_args)
+        found = len(machine.gpus) if on_gpu else 1
+        count = max(1, min(rows, found if devices.count == "auto" else devices.count))
+        strategy = devices.strategy
+        if strategy == "auto":
+            strategy = "ddp"
+            if on_gpu and machine.gpus:
+                base = self.base_bytes(model, params, _BYTES[params.torch_dtype or "bfloat16"])
+                needed = base + 16 * self.trained_parameters(model, params)
+                if needed > 0.8 * min(gpu.memory for gpu in machine.gpus):
+                    strategy = "fsdp"
+        return count, strategy
+
     def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
         """Train, and write the adapter into ``ctx.out``."""
+        from olive.passes.finetune.run import train_blocks
+
         began = time.perf_counter()
         data = training_data.load(model, params, ctx)
         dtype = self.dtype_of(params, ctx)
         tuned = self.prepare(model, params, dtype, ctx)
-        curve, steps = _train(tuned, self.arguments(params, ctx), ctx, dtype, data)
-        self.save(tuned, model, params, ctx)
+        curve, steps = train_blocks(tuned, self.arguments(params, ctx), ctx, dtype, data)
+        if ctx.place.rank == 0:
+            self.save(tuned, model, params, ctx)
         ctx.series["loss"] = curve.points
         ctx.facts |= {
             "method": type(self).__name__,
@@ -215,7 +231,7 @@ class Tuning(Pass[P]):
         from transformers import set_seed
 
         from olive.hardware.memory import exempt_libraries
-        from olive.passes.finetune import trainer  # noqa: F401 - all imports before the weights
+        from olive.passes.finetune import run  # noqa: F401 - all imports before the weights
 
         exempt_libraries()
         if ctx.accelerator.device == "cpu":
@@ -278,70 +294,3 @@ def _seconds(
     labelled = train.trained_tokens / max(1, train.tokens)
     tokens = seen * train.tokens / train.blocks
     return 8 + tokens * 4 * (inner + labelled * head) / (_USUAL_SHARE * rate)
-
-
-def _train(
-    tuned: Any, given: dict[str, Any], ctx: PassContext, dtype: str, data: TrainingData
-) -> tuple[Any, int]:
-    """Train, or go on from the newest checkpoint; returns the curve and the number of optimizer steps."""
-    import tempfile
-
-    from olive.passes.finetune import patch
-    from olive.passes.finetune.batches import Blocks
-    from olive.passes.finetune.trainer import PackedTrainer, install_loss
-
-    device = ctx.accelerator.device
-    train, held_out = Blocks(data.train, data.decode), Blocks(data.held_out, data.decode)
-    curve = stopping.Curve(patience=stopping.Patience.of(given) if data.held_out else None)
-    with tempfile.TemporaryDirectory() as scratch:
-        known, notes = arguments.prepare(
-            given, folder=Path(scratch), dtype=dtype, device=device, has_eval=len(held_out) > 0
-        )
-        for note in notes:
-            ctx.progress.note(note)
-        args = arguments.build(known)
-        ctx.facts["micro_batch"] = _fuse(args, train, held_out, device)
-        causal = tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned
-        ctx.facts["fused_head"] = install_loss(causal)
-        ctx.facts["fused_layers"] = patch.patch(tuned)
-        trainer = PackedTrainer(
-            tuned,
-            args,
-            train,
-            held_out if len(held_out) else None,
-            journal=ctx.journal,
-            progress=ctx.progress,
-            curve=curve,
-            save_seconds=60.0 if arguments.timed_saves(given) else None,
-        )
-        trackers, run = tracking.asked(given), f"{ctx.step}-{ctx.journal.path.name[:8]}"
-        with tracking.environment(trackers, ctx.tracking or ctx.base_dir / tracking.FOLDER, run):
-            if trackers:
-                args.run_name = args.run_name or run
-                from olive.passes.finetune.tracked import Tracking
-
-                every = max(1, int(given.get("logging_steps", 1)))
-                trainer.add_callback(Tracking(trackers, ctx.progress, curve.points, every))
-            steps = trainer.run(ctx.journal.newest())
-        ctx.facts["checkpoints"] = [str(finding) for finding in ctx.journal.findings]
-    patch.unpatch(tuned)
-    return curve, steps
-
-
-def _fuse(args: Any, train: Blocks, held_out: Blocks, device: str) -> dict[str, int]:
-    """Re-cut the optimizer step into forward passes that fill the token budget."""
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    given = args.per_device_train_batch_size
-    budget = arguments.BUDGET["cpu" if device == "cpu" else "gpu"]
-    if not args.dataloader_drop_last and not args.auto_find_batch_size:
-        size = arguments.micro_batch(train.sizes, rows, budget)
-        args.per_device_train_batch_size, args.gradient_accumulation_steps = size, rows // size
-    if len(held_out):
-        mean = sum(held_out.sizes) / len(held_out)
-        args.per_device_eval_batch_size = max(1, int(budget // mean))
-    return {
-        "rows": args.per_device_train_batch_size,
-        "accumulation_steps": args.gradient_accumulation_steps,
-        "rows_given": given,
-        "rows_of_a_step": rows,
-    }

@@ -1,0 +1,129 @@
+"""What happens around the steps of training: signals, progress, the curve, saving by the clock.
+
+Imported only where torch already is.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from olive.passes.finetune import checkpoints
+from olive.passes.finetune.fused import Factors
+
+if TYPE_CHECKING:
+    from olive.passes.finetune.trainer import PackedTrainer
+
+
+@contextmanager
+def stopping_after_the_step(trainer: PackedTrainer) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end training with a checkpoint, and then do what they always do.
+
+    The second signal does that at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        trainer.stop = number
+        for each, usual in before.items():
+            signal.signal(each, usual)
+        trainer.progress.note("stopping after this step, with a checkpoint; once more stops now")
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)
+    if trainer.stop is not None:
+        signal.raise_signal(trainer.stop)
+
+
+class Follow(TrainerCallback):
+    """Progress, the curve, and saving by the clock."""
+
+    def __init__(self, trainer: PackedTrainer, save_seconds: float | None) -> None:
+        self.trainer, self.save_seconds = trainer, save_seconds
+        self.began = self.saved = time.perf_counter()
+        self.rate = 0.0
+        self.start: dict[str, float] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar."""
+        self.trainer.progress.start("training", state.max_steps)
+        self.trainer.progress.update(state.global_step)
+        if hasattr(self.trainer.model, "peft_config"):
+            self.start = checkpoints.sums(checkpoints.trained_state(self.trainer.model))
+        self.began = self.saved = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of the step."""
+        Factors.generation += 1
+        self.began = time.perf_counter()
+        self.trainer.step_tokens = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the rate before the scheduler moves it."""
+        self.rate = float(self.trainer._get_learning_rate())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Put the step into the curve; say whether to save or to stop."""
+        Factors.generation += 1
+        trainer = self.trainer
+        step_loss, now = trainer.read_losses(), time.perf_counter()
+        speed = trainer.step_tokens / max(now - self.began, 1e-9)
+        trainer.curve.tokens += trainer.step_tokens
+        trainer.curve.seconds += now - self.began
+        trainer.curve.points.append(
+            {
+                "step": state.global_step,
+                "loss": step_loss,
+                "tokens_per_second": speed,
+                "learning_rate": self.rate,
+            }
+        )
+        trainer.progress.update(
+            state.global_step, loss=round(step_loss, 4), tokens_per_second=round(speed, 1)
+        )
+        due = self.save_seconds is not None and (
+            state.global_step >= state.max_steps or now - self.saved >= self.save_seconds
+        )
+        stopping, saving = trainer.world.any(trainer.stop is not None, due)
+        if stopping:
+            trainer.stop = trainer.stop or signal.SIGTERM  # of another process
+            control.should_training_stop = True
+        if self.start is not None and self.rate > 0:
+            checkpoints.prove(trainer, self.start)
+            self.start = None
+        if stopping or saving:
+            control.should_save = True
+            self.saved = now
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> Any:
+        """Put the evaluation into the curve; say whether it is the one to stop at."""
+        loss = float((metrics or {}).get("eval_loss", math.nan))
+        points = self.trainer.curve.points
+        if points and points[-1]["step"] == state.global_step:
+            points[-1]["eval_loss"] = loss
+        else:
+            points.append({"step": state.global_step, "eval_loss": loss})
+        if self.trainer.curve.stopped:
+            self.trainer.progress.note(f"stopping early at step {state.global_step}")
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the bar."""
+        self.trainer.progress.finish()

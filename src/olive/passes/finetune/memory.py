@@ -1,0 +1,87 @@
+"""What training takes in memory, and how many tokens a forward pass may hold. No torch.
+
+A decoder layer keeps for its backward the inputs of its norms, of its linear layers and of attention; with
+activation checkpointing it keeps its own input alone, and one layer at a time keeps the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# tokens of one forward pass beyond which nothing is gained; on a CPU more leaves the caches
+MOST_TOKENS = {"cpu": 1024, "gpu": 8192}
+_SHARE = 0.9  # of the free memory that is planned with: the rest is fragments and what libraries take
+_PLAIN = 1.8  # autograd's own graphs keep this many times what ``fused`` keeps
+_HEAD = {"cpu": 64 << 20, "gpu": 1536 << 20}  # blocks of logits and what the head keeps beside them
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How training cuts its work.
+
+    Attributes:
+        tokens: of one forward pass at most; a longer row has its own.
+        checkpointing: whether layers compute their activations twice.
+    """
+
+    tokens: int
+    checkpointing: bool
+
+
+def token_bytes(config: Mapping[str, Any], width: int, *, checkpointing: bool, fused: bool = True) -> int:
+    """Bytes that the backward of one token needs.
+
+    Args:
+        config: of the model, as transformers names it.
+        width: bytes of a number.
+        checkpointing: whether activations are computed twice.
+        fused: whether the layers are those of ``olive.passes.finetune.fused``.
+    """
+    hidden = int(config.get("hidden_size") or 1024)
+    layers = int(config.get("num_hidden_layers") or 24)
+    inner = int(config.get("intermediate_size") or 4 * hidden)
+    heads = int(config.get("num_attention_heads") or 1)
+    size = int(config.get("head_dim") or hidden // heads)
+    keys = int(config.get("num_key_value_heads") or heads)
+    layer = (4 * hidden + 2 * heads * size + 2 * keys * size + 3 * inner) * width
+    layer = int(layer * (1 if fused else _PLAIN))
+    if checkpointing:
+        return layers * hidden * width + 2 * layer
+    return layers * layer
+
+
+def choose(
+    config: Mapping[str, Any],
+    *,
+    width: int,
+    free: int,
+    trained: int,
+    longest: int,
+    device: str,
+    fused: bool = True,
+    checkpointing: bool | None = None,
+) -> Passes:
+    """Tokens of a forward pass, and whether to checkpoint activations, by what is free.
+
+    Checkpointing costs a third more work, so it is chosen only where the longest row would not fit otherwise.
+
+    Args:
+        config: of the model.
+        width: bytes of an activation.
+        free: bytes free on the device with the model loaded.
+        trained: numbers trained; each takes a gradient and the optimizer's two moments.
+        longest: tokens of the longest row.
+        device: ``cpu`` or ``gpu``.
+        fused: whether the layers keep no more than they need.
+        checkpointing: what the document says; None to choose.
+    """
+    most = MOST_TOKENS["cpu" if device == "cpu" else "gpu"]
+    left = int(free * _SHARE) - 16 * trained - _HEAD["cpu" if device == "cpu" else "gpu"]
+    fit = {
+        twice: left // max(1, token_bytes(config, width, checkpointing=twice, fused=fused))
+        for twice in (False, True)
+    }
+    twice = fit[False] < longest if checkpointing is None else checkpointing
+    return Passes(max(1, min(most, fit[twice])), twice)
