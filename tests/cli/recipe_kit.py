@@ -18,6 +18,13 @@ def tones(count: int = 40) -> list[dict[str, Any]]:
     ]
 
 
+def preferences(count: int = 40) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"the {n}th day of rain\nTone:\n", "chosen": LABELS[n % 4], "rejected": "I could not say"}
+        for n in range(count)
+    ]
+
+
 def lines(path: str, rows: list[dict[str, Any]]) -> str:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

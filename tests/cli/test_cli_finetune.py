@@ -77,6 +77,7 @@ def test_the_command_line_knows_the_methods_of_the_recipe() -> None:
         (["--template", "{a}", "--text-cols", "a"], "--template and --text-cols exclude each other"),
         (["--eval-data", "b.jsonl", "--eval-size", "1"], "--eval-data and --eval-size exclude each other"),
         (["--method", "full", "--r", "8"], "--r is a setting of adapters"),
+        (["--method", "dpo", "--template", "{a}"], "reads the columns prompt, chosen, rejected"),
         (["--text-cols", "a,,b"], "has an empty name"),
         (["--lr", "0"], "'0' is not above 0"),
         (["--eval-size", "-1"], "--eval-size"),

@@ -6,10 +6,11 @@ import csv
 from pathlib import Path
 
 import pytest
-from recipe_kit import LABELS, conversations, errors, lines, metric, pre, recipe, splits, tones
+from recipe_kit import LABELS, conversations, errors, lines, metric, pre, preferences, recipe, splits, tones
 
 import tiny
 from olive.cli.main import entry
+from olive.errors import ConfigError
 from olive.workflows import plan
 from olive.workflows.recipe import METHODS, Request, finetune
 
@@ -177,12 +178,14 @@ def test_a_dataset_of_the_hub_by_its_template(work: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_plans(work: Path, method: str) -> None:
-    found = recipe(lines("tones.jsonl", tones()), method=method)
+    pairs = METHODS[method].pairs
+    found = recipe(lines("rows.jsonl", preferences() if pairs else tones()), method=method)
     assert errors(found) == []
     passes = found.document["passes"]
     assert passes["finetune"]["type"] == METHODS[method].type
     assert list(passes) == (["finetune", "export"] if method == "full" else ["finetune", "merge", "export"])
-    assert passes["finetune"]["training_args"]["learning_rate"] == (2e-5 if method == "full" else 2e-4)
+    usual = 2e-5 if method == "full" else 1e-5 if pairs else 2e-4
+    assert passes["finetune"]["training_args"]["learning_rate"] == usual
     assert ("r" in passes["finetune"]) == (method != "full")
 
 
@@ -236,3 +239,25 @@ def test_a_gpu_is_taken_where_it_is_usable(work: Path, monkeypatch: pytest.Monke
     assert "systems" not in finetune(Request("model", "tones.jsonl")).document
     trained = finetune(Request("model", "tones.jsonl", precision="none")).document
     assert trained["systems"]["local_system"]["accelerators"] == [{"device": "gpu"}]
+
+
+def test_preferences_are_split_by_prompt_and_measured_by_training(work: Path) -> None:
+    found = recipe(lines("pairs.jsonl", preferences()), method="dpo")
+    assert pre(found) == {"format": "preference", "max_seq_len": 512}
+    step = found.document["passes"]["finetune"]
+    assert (step["type"], step["eval_dataset_size"]) == ("DPO", 4)
+    assert step["training_args"]["eval_strategy"] == "epoch"
+    assert metric(found) is None
+    (shown,) = plan(found.document).previews.values()
+    assert (shown.blocks, shown.eval_blocks, shown.rejected) == (36, 4, "I could not say")
+
+
+def test_other_methods_learn_the_chosen_answers(work: Path) -> None:
+    found = recipe(lines("pairs.jsonl", preferences()))
+    assert pre(found)["format"] == "preference"
+    assert errors(found) == []
+
+
+def test_dpo_without_preferences_says_which_columns_it_reads(work: Path) -> None:
+    with pytest.raises(ConfigError, match="needs column 'chosen'"):
+        recipe(lines("tones.jsonl", tones()), method="orpo")

@@ -78,6 +78,12 @@ def test_a_json_array_cannot_be_read_as_a_stream(folder: Path) -> None:
         preview(config(array | {"streaming": True}), folder, folder, memory=1 << 40)
 
 
+def test_pairs_of_answers_are_held_in_memory(folder: Path) -> None:
+    assert not streams(config(), folder, 1, pairs=True)
+    with pytest.raises(ConfigError, match="pairs of answers are held in memory"):
+        preview(config({"streaming": True}), folder, folder, memory=1 << 40, pairs=True)
+
+
 @pytest.mark.parametrize(
     ("load_settings", "total"),
     [

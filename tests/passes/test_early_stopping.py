@@ -55,6 +55,18 @@ def test_patience_is_that_of_transformers(losses: list[float], patience: int, th
     )
 
 
+def test_more_may_be_better() -> None:
+    args = {"early_stopping_patience": 2, "metric_for_best_model": "rewards/accuracies"}
+    patience = Patience.of(args)
+    assert patience == Patience(2, 0.0, "eval_rewards/accuracies", greater=True)
+    curve = [{"step": n, "eval_rewards/accuracies": v, "eval_loss": v} for n, v in enumerate((0, 5, 7, 6, 7))]
+    assert patience.over(curve)
+    assert not patience.over(curve[:-1])
+    assert best_point(curve, "eval_rewards/accuracies", greater=True) == curve[2]
+    given = args | {"eval_strategy": "epoch"}
+    assert list(check(given, True, ("loss", "rewards/accuracies"))) == []
+
+
 def test_stops_saves_the_best_and_goes_on_counting_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from olive.cli.arguments import Parser, UsageError, count, number, one_of, posit
 from olive.cli.plan import plan_document
 from olive.cli.run import run_document
 
-METHODS = ("lora", "qlora", "dora", "loha", "lokr", "full")
+METHODS = ("lora", "qlora", "dora", "loha", "lokr", "dpo", "orpo", "full")
 PRECISIONS = ("int4", "int8", "fp16", "fp32", "none")
 
 
@@ -42,7 +42,7 @@ def configure_finetune(parser: Parser) -> None:
     add("--eval-size", type=number, metavar="N", help="part to hold out: a share, or rows from 1 on (0.1)")
     add("--epochs", type=positive, metavar="N", help="times through the data (3)")
     add("--max-steps", type=count, metavar="N", help="optimizer steps, in place of --epochs")
-    add("--lr", type=positive, metavar="X", help="learning rate (2e-4; full: 2e-5)")
+    add("--lr", type=positive, metavar="X", help="learning rate (2e-4; full: 2e-5; dpo, orpo: 1e-5)")
     add("--r", type=count, metavar="N", help="rank of the adapter (16)")
     add("--alpha", type=positive, metavar="N", help="the adapter is scaled by alpha / r (twice the rank)")
     add("--max-seq-len", type=count, metavar="N", help="tokens of a block (from the longest row)")
@@ -95,6 +95,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("r", "alpha"):
         if args.method == "full" and getattr(args, name) is not None:
             raise UsageError(f"{_option(name)} is a setting of adapters, and --method full trains none")
+    if args.method in ("dpo", "orpo") and (args.template is not None or args.text_cols is not None):
+        raise UsageError(f"--method {args.method} reads the columns prompt, chosen, rejected: no template")
     if args.text_cols is not None and not all(_names(args.text_cols)):
         raise UsageError(f"--text-cols {args.text_cols!r} has an empty name; write --text-cols a,b")
 

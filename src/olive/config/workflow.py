@@ -140,7 +140,7 @@ class LoadDataset(Frozen):
     trust_remote_code: bool = Field(False, description="Run code that the dataset brings.")
 
 
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion"]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "preference"]
 Strategy = Literal[
     "line-by-line", "line-by-line-random", "join", "join-random", "join-sliding-window", "pack"
 ]
@@ -162,8 +162,9 @@ class PreProcess(Frozen):
         description="Form of chat data, rendered with the model's chat template, or as `### User:` and "
         "`### Assistant:` paragraphs where it has none. `messages`: `message_col` holds turns with role and "
         "content; `sharegpt`: `conversations` holds turns with from and value; `alpaca`: `instruction`, "
-        "`input`, `output`; `prompt-completion`: `prompt`, `completion`. `auto` finds it out. Default: found "
-        "out where there is no template and the data has no column `text`.",
+        "`input`, `output`; `prompt-completion`: `prompt`, `completion`; `preference`: `prompt`, `chosen`, "
+        "`rejected`, or `chosen` and `rejected` as whole conversations that begin alike. `auto` finds it "
+        "out. Default: found out where there is no template and the data has no column `text`.",
     )
     strategy: Strategy = Field("join", description="How rows become blocks of tokens.")
     max_seq_len: int = Field(1024, ge=2, le=1 << 24, description="Tokens in a block.")

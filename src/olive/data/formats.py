@@ -82,10 +82,53 @@ def turns(pre: PreProcess, row: Row) -> Turns:
 
 
 def plain(pre: PreProcess, row: Row) -> tuple[str, str] | None:
-    """Prompt and completion of a row that needs no turns when the model knows none; else None."""
-    if pre.format == "prompt-completion" and all(isinstance(row.get(name), str) for name in needed(pre)):
-        return row["prompt"], row["completion"]
+    """Prompt and completion of a row that needs no turns when the model knows none; else None.
+
+    Of a preference row, the completion is the chosen answer.
+    """
+    second = {"prompt-completion": "completion", "preference": "chosen"}.get(pre.format or "")
+    if second and isinstance(row.get("prompt"), str) and isinstance(row.get(second), str):
+        return row["prompt"], row[second]
     return None
+
+
+def sides(row: Row) -> tuple[Turns, Turns, Turns]:
+    """A preference row as the turns of its prompt, of the chosen and of the rejected answer.
+
+    ``chosen`` and ``rejected`` hold answers to ``prompt``, or whole conversations; the prompt of those is
+    what they begin with alike.
+
+    Raises:
+        ConfigError: the row is no preference row, or its prompt cannot be told.
+    """
+    prompt = row.get("prompt")
+    asked = _checked(prompt, "prompt", "role") if isinstance(prompt, list) else []
+    if isinstance(prompt, str):
+        asked = [{"role": "user", "content": prompt}]
+    chosen, rejected = (_answer(row.get(name), name) for name in ("chosen", "rejected"))
+    answers = "assistant" in (chosen[0].get("role"), rejected[0].get("role"))
+    if isinstance(prompt, list) and chosen[: len(asked)] == rejected[: len(asked)] == asked != []:
+        chosen, rejected = chosen[len(asked) :], rejected[len(asked) :]
+        if not (chosen and rejected):
+            raise ConfigError("a preference row has no answer: its conversation is the prompt alone")
+        return asked, chosen, rejected
+    if isinstance(prompt, list) or answers:
+        if not asked:
+            raise ConfigError(
+                "a preference row has no prompt",
+                fix="add a column prompt, or let chosen and rejected be conversations that begin alike",
+            )
+        return asked, chosen, rejected
+    most = min(len(chosen), len(rejected)) - 1
+    alike = next((n for n in range(most) if chosen[n] != rejected[n]), most)
+    if not alike:
+        raise ConfigError("the chosen and the rejected conversation have no turn in common to begin with")
+    if isinstance(prompt, str) and all(turn.get("content") != prompt for turn in chosen[:alike]):
+        raise ConfigError(
+            "column 'prompt' is no turn of what the chosen and the rejected conversation begin with",
+            fix="drop the column, or leave the prompt out of chosen and rejected",
+        )
+    return chosen[:alike], chosen[alike:], rejected[alike:]
 
 
 def listing(columns: Sequence[str]) -> str:
@@ -122,7 +165,7 @@ def _detect(pre: PreProcess, columns: tuple[str, ...], first: Row) -> list[Forma
         is_turns(talk, "from", "value") or is_turns(talk, "role", "content")
     ):
         found.append("sharegpt")
-    flat: tuple[Format, ...] = ("alpaca", "prompt-completion")
+    flat: tuple[Format, ...] = ("alpaca", "prompt-completion", "preference")
     return found + [name for name in flat if all(column in columns for column in _COLUMNS[name])]
 
 
@@ -135,7 +178,7 @@ def _unclear(found: Sequence[str], columns: Mapping[str, None]) -> ConfigError:
         )
     return ConfigError(
         "format is auto, and the data has none of the forms known: messages, sharegpt, alpaca, "
-        "prompt-completion",
+        "prompt-completion, preference",
         fix=f"{have}; write a text_template over them, or name the turns' column as message_col",
     )
 
@@ -193,6 +236,17 @@ def _prompt_completion(pre: PreProcess, row: Row) -> Turns:
     return made
 
 
+def _preference(pre: PreProcess, row: Row) -> Turns:
+    prompt, chosen, _ = sides(row)
+    return [*prompt, *chosen]
+
+
+def _answer(value: Any, column: str) -> Turns:
+    if isinstance(value, list):
+        return _checked(value, column, "role")
+    return [{"role": "assistant", "content": _text(value, column)}]
+
+
 def _system(row: Row) -> Turns:
     """The system turn of a form that keeps it in a column of its own."""
     found = row.get("system")
@@ -211,10 +265,12 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
+    "preference": ("chosen", "rejected"),
 }
 _TURNS: dict[str, Callable[[PreProcess, Row], Turns]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
     "prompt-completion": _prompt_completion,
+    "preference": _preference,
 }

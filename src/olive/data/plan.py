@@ -9,6 +9,7 @@ from typing import Any
 
 from olive.config.base import Frozen
 from olive.config.workflow import DataConfig, PreProcess
+from olive.data import preference
 from olive.data.blocks import Blocks, build, build_held_out, settings_missing
 from olive.data.formats import turns
 from olive.data.mixture import Group, MixedRow, groups
@@ -33,7 +34,7 @@ class PartPreview(Frozen):
         format: form of the chat data; empty where a template of the document's own says what a row is.
         detected: whether the format was found in the data, not named.
         rendering: what chat turns are rendered with.
-        train_on: what of the text is learnt.
+        train_on: what of the text is learnt; ``pair`` where two answers are compared.
     """
 
     name: str
@@ -60,7 +61,8 @@ class Preview(Frozen):
         eval_rows, eval_blocks: the part split off for evaluation.
         estimated: whether the counts are scaled up from a part of the rows.
         streamed: whether rows are read some at a time; then their number is an estimate too.
-        prompt, completion: the first row, rendered.
+        prompt, completion: the first row, rendered; of a pair, the chosen answer.
+        rejected: the rejected answer of the first row; empty where rows are no pairs, else each is a block.
         ids, labels: the first row, tokenised; -100 marks what is not learnt.
         problems: warnings and notes.
     """
@@ -80,6 +82,7 @@ class Preview(Frozen):
     streamed: bool = False
     prompt: str = ""
     completion: str = ""
+    rejected: str = ""
     ids: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
     problems: tuple[Problem, ...] = ()
@@ -94,6 +97,7 @@ def preview(
     seed: int | None = None,
     runtime: bool = False,
     memory: int | None = None,
+    pairs: bool = False,
 ) -> Preview:
     """Look at a data config as training will.
 
@@ -106,12 +110,13 @@ def preview(
         runtime: ask ONNX Runtime GenAI too how it reads the first row; what it reads otherwise is an error
             among the problems.
         memory: free bytes; data that would fill them is looked at in part, as it is to be read as a stream.
+        pairs: rows are read as pairs of a chosen and a rejected answer.
 
     Raises:
         OliveError: anything that would fail at the run; every fault found is in the one error.
     """
     try:
-        return _preview(config, base_dir, tokenizer_folder, eval_size, seed, runtime, memory)
+        return _preview(config, base_dir, tokenizer_folder, eval_size, seed, runtime, memory, pairs)
     except OliveError as error:
         raise type(error)(problems=[_located(problem, config) for problem in error.problems]) from error
 
@@ -124,24 +129,26 @@ def _preview(
     seed: int | None,
     runtime: bool,
     memory: int | None,
+    pairs: bool,
 ) -> Preview:
     pre = config.pre_process_data_config
-    missing = settings_missing(pre)
+    missing = [] if pairs else settings_missing(pre)
     if not is_local(config, base_dir):
         raise_errors(missing)
         return Preview(name=config.name, problems=tuple(_remote(config, base_dir)))
-    streamed = memory is not None and streams(config, base_dir, memory)
+    streamed = memory is not None and streams(config, base_dir, memory, pairs=pairs)
     looked_at = sample(config, base_dir) if streamed else None
     rows = looked_at.rows if looked_at else read(config, base_dir)
     total = looked_at.total if looked_at else len(rows)
     parts = groups(pre, rows)
-    raise_errors([*missing, *(problem for part in parts for problem in check(part.pre, columns(part.rows)))])
+    fit = preference.check if pairs else check
+    raise_errors([*missing, *(problem for part in parts for problem in fit(part.pre, columns(part.rows)))])
     found: dict[str, Any] = {"name": config.name, "rows": total, "columns": columns(rows)}
     found["streamed"] = streamed
     if config.load_dataset_config.max_rows == total:
         found["max_rows"] = total
     tokenizer = load(tokenizer_folder) if tokenizer_folder is not None else None
-    found["parts"] = tuple(_part(config, part, tokenizer, total / len(rows)) for part in parts)
+    found["parts"] = tuple(_part(config, part, tokenizer, total / len(rows), pairs) for part in parts)
     chat = tokenizer.chat if tokenizer else None
     for part in parts:
         if chats(part.pre):
@@ -150,6 +157,9 @@ def _preview(
             render_all(pre, part.rows, chat)
     first = next(part for part in parts if 0 in part.places)
     text = render_all(pre, rows[:1], chat)[0]
+    if pairs:
+        text, other = preference.render(first.pre, rows[0], chat)
+        found["rejected"] = other.completion
     found |= {"prompt": text.prompt, "completion": text.completion}
     # of a sample, as large a share as of all rows
     share = eval_size if eval_size < 1 or looked_at is None else min(eval_size / total, 0.5)
@@ -157,14 +167,17 @@ def _preview(
     held_rows = found["eval_rows"] = wanted_rows(eval_size, total) if looked_at else len(evaluation)
     if tokenizer is None:
         return Preview(**found)
-    encoded = tokenizer.encode_row(text, first.pre)
+    encoded = tokenizer.encode_row(
+        text, first.pre.model_copy(update={"train_on": "completion"}) if pairs else first.pre
+    )
     found |= {"ids": tuple(encoded.ids), "labels": tuple(encoded.labels)}
     with _question(first.pre, rows[0], text, tokenizer, tokenizer_folder if runtime else None) as asked:
-        counts, blocks = _counts(train, config, tokenizer, seed, (total - held_rows) / len(train))
+        more = (total - held_rows) / len(train)
+        counts, blocks = _counts(train, config, tokenizer, seed, more, pairs=pairs)
         problems = [*blocks.notes, *([_streamed(total, len(rows))] if streamed else [])]
         if evaluation:
             more = held_rows / len(evaluation)
-            held, held_blocks = _counts(evaluation, config, tokenizer, seed, more, held_out=True)
+            held, held_blocks = _counts(evaluation, config, tokenizer, seed, more, pairs=pairs, held_out=True)
             found["eval_blocks"] = held["blocks"]
             problems += [
                 replace(note, message=f"evaluation part: {note.message}") for note in held_blocks.notes
@@ -179,13 +192,15 @@ def chats(pre: PreProcess) -> bool:
     return bool(pre.chat_template) or pre.format is not None
 
 
-def _part(config: DataConfig, group: Group, tokenizer: LightTokenizer | None, scale: float) -> PartPreview:
+def _part(
+    config: DataConfig, group: Group, tokenizer: LightTokenizer | None, scale: float, pairs: bool
+) -> PartPreview:
     """How rows become text, for the reader of the plan."""
     pre, row = group.pre, group.rows[0]
     made = PartPreview(
         name=row.source if isinstance(row, MixedRow) else config.name,
         rows=round(len(group.rows) * scale),
-        train_on=pre.train_on or "all",
+        train_on="pair" if pairs else pre.train_on or "all",
     )
     if not chats(pre):
         return made
@@ -228,6 +243,7 @@ def _counts(
     seed: int | None,
     more: float,
     *,
+    pairs: bool = False,
     held_out: bool = False,
 ) -> tuple[Mapping[str, Any], Blocks]:
     """Counts over all rows, ``more`` times those given, and the blocks of those tokenised."""
@@ -236,7 +252,8 @@ def _counts(
     chosen, limit = rows, _COUNTED_CHATS if slow else _COUNTED
     if len(rows) > limit:
         chosen = [rows[index * len(rows) // limit] for index in range(limit)]
-    blocks = (build_held_out if held_out else build)(chosen, pre, tokenizer, seed)
+    make = preference.build if pairs else build_held_out if held_out else build
+    blocks = make(chosen, pre, tokenizer, seed)
     scale = more * len(rows) / len(chosen)
     if pre.max_samples is not None:
         scale = min(scale, pre.max_samples / len(blocks))

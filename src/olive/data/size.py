@@ -55,20 +55,27 @@ def size_on_disk(config: DataConfig, base_dir: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def streams(config: DataConfig, base_dir: Path, memory: int) -> bool:
+def streams(config: DataConfig, base_dir: Path, memory: int, *, pairs: bool = False) -> bool:
     """Whether rows are read as a stream: because the config says so, or because they are large.
 
     Args:
         config: the data config.
         base_dir: folder that relative paths are looked up in.
         memory: free bytes.
+        pairs: rows are read as pairs of answers, which are held in memory.
 
     Raises:
-        ConfigError: the config says so, and a file is one JSON array.
+        ConfigError: the config says so, and cannot have it: pairs, or a file that is one JSON array.
     """
     asked = [part.load_dataset_config.streaming for part in _leaves(config)]
     arrays = [path for part in _leaves(config) for path in _arrays(part, base_dir)]
     if any(asked):
+        if pairs:
+            raise ConfigError(
+                "streaming is true, and pairs of answers are held in memory",
+                where=rows.where(config),
+                fix="leave streaming out; use max_rows where they are too many",
+            )
         if arrays:
             raise ConfigError(
                 f"streaming is true, and {arrays[0]} is one JSON array, which has to be read whole",
@@ -76,7 +83,7 @@ def streams(config: DataConfig, base_dir: Path, memory: int) -> bool:
                 fix="write one object a line",
             )
         return True
-    if False in asked or arrays:
+    if False in asked or arrays or pairs:
         return False
     return size_on_disk(config, base_dir) * IN_MEMORY > SHARE * memory
 

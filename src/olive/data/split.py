@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from olive.config.workflow import PreProcess
+from olive.data.formats import sides
 from olive.data.mixture import groups as groups_of
 from olive.data.template import render
 from olive.errors import ConfigError
@@ -40,7 +41,8 @@ def split_places(
         rows: the rows.
         eval_size: below 1 a share, rounded up; from 1 on a number of rows; 0 for no evaluation part.
         seed: another seed, another split.
-        pre: when given, rows that render to the same text count as the same.
+        pre: when given, rows that render to the same text count as the same, and so do preferences between
+            answers to one prompt.
 
     Returns:
         Places of training rows and of evaluation rows. The evaluation part misses its size by less than the
@@ -144,6 +146,8 @@ def _wanted(eval_size: float, rows: int, distinct: int) -> int:
 
 
 def _identity(row: Row, pre: PreProcess | None) -> str:
+    if pre is not None and pre.format == "preference":
+        return json.dumps(sides(row)[0], sort_keys=True, default=str)
     if pre is not None and not pre.chat_template and pre.format is None:
         return render(pre, row).full
     return _canonical(row)

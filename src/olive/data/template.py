@@ -130,7 +130,7 @@ def _render_rows(pre: PreProcess, rows: Sequence[Mapping[str, Any]], chat: ChatT
     known = dict.fromkeys(name for row in rows for name in row)
     if rows:
         raise_errors(check(pre, known))
-    return _each(rows, lambda row: _render(pre, row if len(row) == len(known) else {**known, **row}, chat))
+    return each(rows, lambda row: _render(pre, row if len(row) == len(known) else {**known, **row}, chat))
 
 
 def check_turns(pre: PreProcess, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -139,10 +139,10 @@ def check_turns(pre: PreProcess, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ConfigError: as ``render_all``.
     """
-    _each(rows, lambda row: formats.turns(pre, row))
+    each(rows, lambda row: formats.turns(pre, row))
 
 
-def _each(rows: Sequence[Mapping[str, Any]], make: Callable[[Mapping[str, Any]], T]) -> list[T]:
+def each(rows: Sequence[Mapping[str, Any]], make: Callable[[Mapping[str, Any]], T]) -> list[T]:
     """What ``make`` makes of every row; one error names each kind of fault with its count and first row."""
     made: list[T] = []
     faults: dict[str, tuple[str, int, str | None]] = {}
@@ -184,22 +184,35 @@ def _render_template(pre: PreProcess, row: Mapping[str, Any]) -> Text:
     return Text(prompt, completion, answer)
 
 
-def _render_chat(pre: PreProcess, row: Mapping[str, Any], chat: ChatTemplate | None) -> Text:
-    bare = None
+def chat_of(pre: PreProcess, chat: ChatTemplate | None) -> ChatTemplate | None:
+    """What turns are rendered with: the document's template, the model's, or None for plain paragraphs.
+
+    Raises:
+        ConfigError: the document wants the model's, and it has none.
+    """
     if isinstance(pre.chat_template, str):
-        chat = ChatTemplate(pre.chat_template, chat.tokens if chat else {})
-    elif chat is None and pre.chat_template:
+        return ChatTemplate(pre.chat_template, chat.tokens if chat else {})
+    if chat is None and pre.chat_template:
         raise ConfigError(
             "chat_template is true but the model's tokenizer has none",
             fix="write the template itself as chat_template, or use text_template",
         )
-    elif chat is None:
-        chat, bare = PLAIN, formats.plain(pre, row)
+    return chat
+
+
+def bare(prompt: str, completion: str) -> Text:
+    """A prompt and its completion with nothing around them."""
+    moved = prompt.endswith(" ")
+    return Text(prompt[: len(prompt) - moved], " " * moved + completion, completion)
+
+
+def _render_chat(pre: PreProcess, row: Mapping[str, Any], chat: ChatTemplate | None) -> Text:
+    chat = chat_of(pre, chat)
     raise_errors(check(pre, row))
-    if bare is not None:
-        prompt, completion = bare
-        moved = prompt.endswith(" ")
-        return Text(prompt[: len(prompt) - moved], " " * moved + completion, completion)
+    if chat is None:
+        if (plain := formats.plain(pre, row)) is not None:
+            return bare(*plain)
+        chat = PLAIN
     turns = formats.turns(pre, row)
     full = chat.render(turns)
     spans = find(chat, turns, full) if pre.train_on == "assistant" else None

@@ -228,6 +228,9 @@ def _previews(
     used = {name for entry in workflow.passes.values() for name in data_names(entry)}
     used |= {m.data_config for e in workflow.evaluators.values() for m in e.metrics if m.data_config}
     exported = any(resolve(entry.type).produces is Kind.GENAI for entry in workflow.passes.values())
+    paired = {
+        name for entry in workflow.passes.values() if resolve(entry.type).pairs for name in data_names(entry)
+    }
     previews: dict[str, Preview] = {}
     for config in workflow.data_configs:
         if config.name in used and info is not None:
@@ -241,6 +244,7 @@ def _previews(
                     seed=seed,
                     runtime=exported and not previews,
                     memory=machine.memory_available,
+                    pairs=config.name in paired,
                 )
             except OliveError as error:
                 findings.extend(error.problems)
@@ -374,7 +378,7 @@ def _steps(
             processes, strategy = resolve(entry.type)().processes(
                 info, entry.params, machine, accelerator, devices
             )
-            findings += _check_idle(name, devices, processes)
+            findings += _check_shares(name, entry, devices, processes)
         yield PlannedStep(
             name=name,
             type=entry.type,
@@ -391,7 +395,13 @@ def _steps(
         model = None if found is None or model is None else stored_artifact(found, model)
 
 
-def _check_idle(name: str, devices: Devices, processes: int) -> Iterator[Problem]:
+def _check_shares(name: str, entry: PassEntry, devices: Devices, processes: int) -> Iterator[Problem]:
+    if processes > 1 and devices.strategy not in ("auto", *resolve(entry.type).strategies):
+        yield Problem(
+            f"{entry.type} cannot share the model by {devices.strategy}",
+            f"passes.{name}",
+            f"Set the strategy of devices to {' or '.join(resolve(entry.type).strategies)}.",
+        )
     if devices.count != "auto" and 1 < processes < devices.count:
         yield Problem(
             f"a step has {processes} rows: {processes} of {devices.count} devices train",

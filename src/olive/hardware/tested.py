@@ -29,6 +29,7 @@ TESTED: dict[str, str] = {
     "tensorboard": "2.21.0",
     "mlflow-skinny": "3.17.2",
     "wandb": "0.31.0",
+    "trl": "1.16.0",
 }
 
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")

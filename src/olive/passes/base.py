@@ -119,6 +119,8 @@ class Pass(ABC, Generic[P]):
         gates: gates that hold what it makes, in order.
         hardware: what of the hardware its result depends on: ``device``, ``training_dtype``,
             ``execution_provider``; these are part of the cache key.
+        pairs: whether it reads its data as pairs of a preferred and a rejected answer.
+        strategies: how several processes may share the model while they run it together.
     """
 
     Params: ClassVar[type[PassParams]]
@@ -128,6 +130,8 @@ class Pass(ABC, Generic[P]):
     libraries: ClassVar[tuple[str, ...]] = ()
     gates: ClassVar[tuple[str, ...]] = ()
     hardware: ClassVar[tuple[str, ...]] = ()
+    pairs: ClassVar[bool] = False
+    strategies: ClassVar[tuple[str, ...]] = ("ddp", "fsdp")
 
     def check(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator

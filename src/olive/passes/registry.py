@@ -19,6 +19,8 @@ _TABLE: dict[str, str] = {
     "LoHa": "olive.passes.finetune.loha:LoHa",
     "LoKr": "olive.passes.finetune.lokr:LoKr",
     "LoftQ": "olive.passes.finetune.loftq:LoftQ",
+    "DPO": "olive.passes.finetune.dpo:DPO",
+    "ORPO": "olive.passes.finetune.orpo:ORPO",
     "FullFinetune": "olive.passes.finetune.full:FullFinetune",
     "MergeAdapterWeights": "olive.passes.adapters.merge:MergeAdapterWeights",
     "ModelBuilder": "olive.passes.export.model_builder:ModelBuilder",

@@ -203,6 +203,7 @@ _LEARNT = {
     "all": "all tokens",
     "completion": "the last answer alone",
     "assistant": "the assistant's turns alone, each with the token that ends it",
+    "pair": "the chosen answer against the rejected one",
 }
 
 
@@ -225,14 +226,20 @@ def _preview(shown: Preview) -> list[str]:
             found = "found in the data" if part.detected else "named by the document"
             lines += labelled("format", f"{part.format}, {found}; rendered with {part.rendering}")
             lines += labelled("trains on", _LEARNT[part.train_on])
+    pairs = any(part.train_on == "pair" for part in shown.parts)
+    unit = "pairs" if pairs else "blocks"
     lines += labelled(
         "tokens",
-        f"{about}{shown.tokens:,} in {shown.blocks:,} blocks of up to {shown.longest_block:,}, "
+        f"{about}{shown.tokens:,} in {shown.blocks:,} {unit} of up to {shown.longest_block:,}, "
         f"{shown.trained_tokens:,} of them trained on",
     )
     if shown.eval_rows:
-        lines += labelled("held out", f"{shown.eval_rows:,} rows, {shown.eval_blocks:,} blocks")
-    for label, text in (("prompt", shown.prompt), ("answer", shown.completion)):
+        lines += labelled("held out", f"{shown.eval_rows:,} rows, {shown.eval_blocks:,} {unit}")
+    answers = (("chosen", shown.completion), ("rejected", shown.rejected))
+    for label, text in (
+        ("prompt", shown.prompt),
+        *(answers if pairs else (("answer", shown.completion),)),
+    ):
         lines += labelled(label, repr(shorten(text)))
     if shown.ids:
         learnt = [token for token, label in zip(shown.ids, shown.labels, strict=True) if label >= 0]

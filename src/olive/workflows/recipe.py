@@ -48,6 +48,7 @@ class _Data:
     held_out: dict[str, Any] | None = None
     split_off: int = 0
     texts: list[Text] = field(default_factory=list)
+    rejected: list[Text] = field(default_factory=list)
     labels: list[str] | None = None
     longest: int = 0
 
@@ -69,6 +70,7 @@ class _Builder:
         self.request = request
         self.base_dir = base_dir
         self.reasons: list[tuple[str, str]] = []
+        self.pairs = METHODS[request.method].pairs
         self.info = self._model()
         self.tokenizer: LightTokenizer = load(self.info.path)
         config = self.info.config
@@ -84,11 +86,13 @@ class _Builder:
             template=request.template,
             text_cols=request.text_cols,
             chat=self.tokenizer.chat is not None,
+            pairs=self.pairs,
         )
         if form.reason != "as given":
             self._because(", ".join(form.settings), form.reason)
         data = self._parts(source, form)
-        pre = form.settings | {"strategy": "pack", "max_seq_len": self._length(data)}
+        strategy = {} if self.pairs else {"strategy": "pack"}
+        pre = form.settings | strategy | {"max_seq_len": self._length(data)}
         document: dict[str, Any] = {"input_model": {"type": "HfModel", "model_path": request.model}}
         system: dict[str, Any] = {"type": "LocalSystem"}
         if self.device == "gpu":
@@ -178,7 +182,10 @@ class _Builder:
         elif request.eval_size != 0:
             self._split(source, data)
         data.texts = [*data.texts, *self._rendered(more, form, "--eval-data")]
-        data.labels = label_set(data.texts, form.settings)
+        if self.pairs:
+            turned = [{**row, "chosen": row.get("rejected")} for row in [*(source.rows or []), *(more or [])]]
+            data.rejected = self._rendered(turned, form, "--data")
+        data.labels = None if self.pairs else label_set(data.texts, form.settings)
         return data
 
     def _rendered(self, rows: Sequence[Row] | None, form: Format, option: str) -> list[Text]:
@@ -205,12 +212,14 @@ class _Builder:
             self._because("nothing held out", f"{rows} rows are too few to spare any")
             return
         count = data_of.held_out_rows(size, rows)
-        named = data_of.hold_out(split, data.texts, count) if whole else None
+        named = data_of.hold_out(split, data.texts, count) if whole and not self.pairs else None
         if named is None:
             data.split_off = count
             why = (
                 "some rows repeat, and equal ones stay on one side" if whole else f"{split} is a part itself"
             )
+            if self.pairs:
+                why = "the answers to one prompt stay on one side"
             self._because(f"eval_dataset_size {count}", f"{why}; --eval-data FILE brings metrics too")
             return
         spread = ", spread over the file, which is not in random order" if "+" in named.held_out else ""
@@ -224,7 +233,7 @@ class _Builder:
     def _length(self, data: _Data) -> int:
         """Tokens of a block: the longest row, in steps of 64, within bounds."""
         pre = PreProcess(train_on="completion")
-        texts = sorted(data.texts, key=lambda text: -len(text.full))[:_MEASURED]
+        texts = sorted([*data.texts, *data.rejected], key=lambda text: -len(text.full))[:_MEASURED]
         data.longest = max((len(row.ids) for row in self.tokenizer.encode_rows(texts, pre)), default=0)
         if self.request.max_seq_len is not None:
             return self.request.max_seq_len

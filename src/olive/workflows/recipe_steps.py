@@ -15,11 +15,12 @@ Because = Callable[[str, str], None]
 
 
 class Method(NamedTuple):
-    """One way to fine-tune: its pass, whether it makes an adapter, and the usual learning rate."""
+    """One way to fine-tune: its pass, whether it makes an adapter or reads pairs, its usual learning rate."""
 
     type: str
     adapter: bool = True
     learning_rate: float = 2e-4
+    pairs: bool = False
 
 
 METHODS = {
@@ -28,6 +29,8 @@ METHODS = {
     "dora": Method("DoRA"),
     "loha": Method("LoHa"),
     "lokr": Method("LoKr"),
+    "dpo": Method("DPO", learning_rate=1e-5, pairs=True),
+    "orpo": Method("ORPO", learning_rate=1e-5, pairs=True),
     "full": Method("FullFinetune", adapter=False, learning_rate=2e-5),
 }
 

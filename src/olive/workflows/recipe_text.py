@@ -34,7 +34,12 @@ class Format:
 
 
 def text_format(
-    rows: Sequence[Row] | None, *, template: str | None, text_cols: Sequence[str], chat: bool
+    rows: Sequence[Row] | None,
+    *,
+    template: str | None,
+    text_cols: Sequence[str],
+    chat: bool,
+    pairs: bool = False,
 ) -> Format:
     """How rows become text: what the user says, else what the columns are.
 
@@ -43,11 +48,14 @@ def text_format(
         template: of the user.
         text_cols: of the user.
         chat: whether the model brings a chat template.
+        pairs: whether the rows are to be preferences.
 
     Raises:
         ConfigError: the columns do not tell, or lack what the user names; the message lists them.
     """
-    if template is not None:
+    if pairs:
+        found = _preferences(chat)
+    elif template is not None:
         whole = len(set(fields(template))) < 2
         found = Format({"text_template": template} | ({} if whole else _COMPLETION), "as given")
     elif text_cols:
@@ -64,6 +72,13 @@ def text_format(
     if rows is not None:
         raise_errors(check(PreProcess.model_validate(found.settings), columns(rows)))
     return found
+
+
+def _preferences(chat: bool) -> Format:
+    return Format(
+        {"format": "preference"} | ({"chat_template": True} if chat else {}),
+        "the method compares chosen and rejected answers",
+    )
 
 
 _COMPLETION: dict[str, Any] = {"train_on": "completion"}
@@ -116,12 +131,16 @@ def _chat_form(rows: Sequence[Row], kinds: Mapping[str, str], chat: bool) -> For
         form = formats.resolve(PreProcess(format="auto", message_col=column), rows).format
     except ConfigError:  # none, or several
         form = "messages" if turns else None
-    talk = form in ("messages", "sharegpt")
+    talk = form in ("messages", "sharegpt", "preference")
     if form is None or not (chat or talk):
         return None
     settings: dict[str, Any] = {"format": form} | ({"chat_template": True} if chat else {})
     if form == "messages" and column != "messages":
         settings["message_col"] = column
+    if form == "preference":
+        return Format(
+            _preferences(chat).settings, "the data holds preferences; the chosen answers are learnt"
+        )
     what = "the data holds conversations" if talk else "the columns are those of this form"
     how = "the model's chat template" if chat else "plain paragraphs, since the model has no chat template"
     return Format(settings, f"{what}; rendered with {how}; the assistant's part is learnt")

@@ -125,7 +125,7 @@ def build(known: Mapping[str, Any]) -> Any:
         )
     best = kept.pop("load_best_model_at_end", False)
     if best:
-        kept |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+        kept.setdefault("metric_for_best_model", "eval_loss")
     try:
         args = TrainingArguments(**kept)
     except (ValueError, TypeError, ImportError) as error:

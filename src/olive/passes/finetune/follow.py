@@ -5,7 +5,6 @@ Imported only where torch already is.
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -91,6 +90,7 @@ class Follow(TrainerCallback):
                 "loss": step_loss,
                 "tokens_per_second": speed,
                 "learning_rate": self.rate,
+                **{name: value for name, value in trainer.figures().items() if name != "loss"},
             }
         )
         trainer.progress.update(
@@ -113,12 +113,12 @@ class Follow(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> Any:
         """Put the evaluation into the curve; say whether it is the one to stop at."""
-        loss = float((metrics or {}).get("eval_loss", math.nan))
+        found = {name: float(value) for name, value in (metrics or {}).items() if name != "eval_runtime"}
         points = self.trainer.curve.points
         if points and points[-1]["step"] == state.global_step:
-            points[-1]["eval_loss"] = loss
+            points[-1] |= found
         else:
-            points.append({"step": state.global_step, "eval_loss": loss})
+            points.append({"step": state.global_step, **found})
         if self.trainer.curve.stopped:
             self.trainer.progress.note(f"stopping early at step {state.global_step}")
             control.should_save = control.should_training_stop = True

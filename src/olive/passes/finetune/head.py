@@ -16,6 +16,8 @@ from olive.passes.finetune.loss import IGNORE, head_is_plain, linear_cross_entro
 def install_loss(causal: Any) -> bool:
     """Let a causal language model return the sum of its losses over packed, already shifted labels.
 
+    With ``olive_loss="tokens"`` it returns the loss of each token that has a label, in order.
+
     Returns:
         Whether the fused head is in use; False when the head is trained or the model does more than a linear
         layer to its hidden states, and the logits come from the model itself.
@@ -25,19 +27,20 @@ def install_loss(causal: Any) -> bool:
     fused = head_is_plain(head) and _head_matches(causal, plain, head)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs.pop("olive_loss", False):
+        wanted = kwargs.pop("olive_loss", False)
+        if not wanted:
             return plain(*args, **kwargs)
         labels, smoothing = kwargs.pop("labels"), kwargs.pop("label_smoothing", 0.0)
         if fused:
             hidden = causal.base_model(*args, use_cache=False, **kwargs)[0]
-            loss = linear_cross_entropy(
+            losses = linear_cross_entropy(
                 hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, smoothing=smoothing
             )
         else:
             keep = (labels.flatten() != IGNORE).nonzero().squeeze(1)
             logits = plain(*args, use_cache=False, logits_to_keep=keep, **kwargs).logits
-            loss = reference_loss(logits.flatten(0, 1), labels.flatten()[keep], smoothing)
-        return CausalLMOutput(loss=loss)
+            losses = reference_loss(logits.flatten(0, 1), labels.flatten()[keep], smoothing)
+        return CausalLMOutput(loss=losses if wanted == "tokens" else losses.sum())
 
     causal.forward = forward
     return fused

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -40,7 +40,27 @@ def lora_config(params: LoraParams, modules: list[str] | str, **more: Any) -> Pe
     )
 
 
-class LoRA(Tuning["LoRA.Params"]):
+L = TypeVar("L", bound=LoraParams)
+
+
+class LowRank(Tuning[L]):
+    """Base of the methods whose adapter is a plain LoRA: ``W + scale * B A``."""
+
+    def peft_config(self, params: L, modules: list[str] | str) -> PeftConfig:
+        """PEFT's description."""
+        return lora_config(params, modules)
+
+    def parameters_of(self, params: L, rows: int, columns: int) -> int:
+        """A (r, columns) and B (rows, r)."""
+        return params.r * (rows + columns)
+
+    def save(self, tuned: Any, model: Artifact, params: L, ctx: PassContext) -> None:
+        """Write the adapter."""
+        super().save(tuned, model, params, ctx)
+        ctx.attributes |= {"r": params.r, "alpha": params.alpha}
+
+
+class LoRA(LowRank["LoRA.Params"]):
     """Fine-tune low-rank adapters on a dataset; the base stays as it is and is referred to, not copied."""
 
     class Params(LoraParams):
@@ -57,10 +77,6 @@ class LoRA(Tuning["LoRA.Params"]):
         start: bool | str = params.init_lora_weights
         return lora_config(params, modules, init_lora_weights=True if start == "default" else start)
 
-    def parameters_of(self, params: Params, rows: int, columns: int) -> int:
-        """A (r, columns) and B (rows, r)."""
-        return params.r * (rows + columns)
-
     def adapt(self, base: Any, model: Artifact, params: Params) -> Any:
         """Keep the factors that were taken off the base, for ``save``."""
         tuned = super().adapt(base, model, params)
@@ -76,7 +92,6 @@ class LoRA(Tuning["LoRA.Params"]):
         super().save(tuned, model, params, ctx)
         if (initial := getattr(tuned, "olive_initial", None)) is not None:
             give_back(ctx.out, initial)
-        ctx.attributes |= {"r": params.r, "alpha": params.alpha}
 
 
 def initial_factors(tuned: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         smoothing: float,
     ) -> torch.Tensor:
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         spread = weight.float().mean(0) if smoothing else None
         for start in range(0, hidden.shape[0], _ROWS):
             part, label = hidden[start : start + _ROWS], labels[start : start + _ROWS]
@@ -36,21 +36,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 right += bias[label]
             log_sum, pull = _sweep(part, weight, bias, grad is not None)
-            total += (log_sum - (1 - smoothing) * right).sum()
+            loss = log_sum - (1 - smoothing) * right
             if spread is not None:
-                total -= smoothing * (part.float() @ spread).sum()
+                loss -= smoothing * (part.float() @ spread)
                 if bias is not None:
-                    total -= smoothing * bias.float().mean() * part.shape[0]
+                    loss -= smoothing * bias.float().mean()
+            losses[start : start + _ROWS] = loss
             if grad is not None:
                 pull.sub_(own, alpha=1 - smoothing)
                 grad[start : start + _ROWS] = pull if spread is None else pull.sub_(spread, alpha=smoothing)
         ctx.save_for_backward(grad)
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        scaled = None if grad is None else (grad * grads[0]).to(grad.dtype)
+        if grad is None:
+            return None, None, None, None, None
+        scaled = torch.mul(grad, grads[0][:, None], out=torch.empty_like(grad))
         return scaled, None, None, None, None
 
 
@@ -93,7 +96,7 @@ def linear_cross_entropy(
     bias: torch.Tensor | None = None,
     smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Sum of the cross entropies of the rows that have a label.
+    """The cross entropy of each row that has a label.
 
     Args:
         hidden: (tokens, hidden size).
@@ -103,7 +106,7 @@ def linear_cross_entropy(
         smoothing: label smoothing, as in Szegedy et al. 2016 (arXiv:1512.00567).
 
     Returns:
-        float32 scalar, in nat. Differentiable once with respect to ``hidden``.
+        float32 (rows with a label,), in nat, in order. Differentiable once with respect to ``hidden``.
     """
     keep = (labels != IGNORE).nonzero().squeeze(1)
     if keep.numel() < labels.numel():
@@ -117,7 +120,7 @@ def head_is_plain(head: Any) -> bool:
 
 
 def reference_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """The same sum from (tokens, vocabulary) logits, differentiable in all its inputs."""
+    """The same from (rows with a label, vocabulary) logits, differentiable in all its inputs."""
     return torch.nn.functional.cross_entropy(
-        logits.float(), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+        logits.float(), labels, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing
     )

@@ -11,12 +11,10 @@ from olive.config.base import Dtype
 from olive.models.artifact import Artifact, ModelInfo
 from olive.models.seen import Seen
 from olive.passes.base import PassContext
-from olive.passes.finetune.lora import LoraParams, lora_config
+from olive.passes.finetune.lora import LoraParams, LowRank
 from olive.passes.finetune.targets import linear_weights
-from olive.passes.finetune.tuning import Tuning
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 
@@ -37,16 +35,8 @@ class QuantisedParams(LoraParams):
 Q = TypeVar("Q", bound=QuantisedParams)
 
 
-class Rounded(Tuning[Q]):
+class Rounded(LowRank[Q]):
     """Base of the methods that train on rounded weights."""
-
-    def peft_config(self, params: Q, modules: list[str] | str) -> PeftConfig:
-        """PEFT's description."""
-        return lora_config(params, modules)
-
-    def parameters_of(self, params: Q, rows: int, columns: int) -> int:
-        """A (r, columns) and B (rows, r)."""
-        return params.r * (rows + columns)
 
     def base_bytes(self, model: ModelInfo, params: Q, width: int) -> int:
         """Embeddings and head as they are, the rest as it is rounded."""
@@ -70,7 +60,7 @@ class Rounded(Tuning[Q]):
     def save(self, tuned: Any, model: Artifact, params: Q, ctx: PassContext) -> None:
         """Write the adapter."""
         super().save(tuned, model, params, ctx)
-        ctx.attributes |= {"r": params.r, "alpha": params.alpha, "quant_type": params.quant_type}
+        ctx.attributes["quant_type"] = params.quant_type
 
 
 class QLoRA(Rounded["QLoRA.Params"]):

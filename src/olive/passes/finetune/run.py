@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def train_blocks(
     ctx: PassContext,
     dtype: str,
     data: TrainingData,
+    make: Callable[..., PackedTrainer],
 ) -> tuple[Curve, int]:
     """Train, or go on from the newest checkpoint.
 
@@ -38,6 +39,7 @@ def train_blocks(
         ctx: of the pass; gets facts.
         dtype: of the base.
         data: rows to train on, and to evaluate on, which may be none.
+        make: what trains, called with the arguments of ``PackedTrainer``.
 
     Returns:
         The curve, and the number of optimizer steps.
@@ -59,7 +61,7 @@ def train_blocks(
         checkpoint = _newest(ctx, world)
         if sharding := ctx.place.strategy == "fsdp" and world.size > 1:
             parallel.shard(tuned, _layers(causal))
-        trainer = PackedTrainer(
+        trainer = make(
             tuned,
             args,
             train,
@@ -79,7 +81,7 @@ def train_blocks(
         if sharding:
             parallel.unshard(tuned, trained_only=hasattr(tuned, "peft_config"))
         ctx.facts["checkpoints"] = [str(finding) for finding in ctx.journal.findings]
-    ctx.facts["micro_batch"] = _cutting(args, given, trainer, train)
+    ctx.facts["micro_batch"] = _cutting(args, given, trainer)
     patch.unpatch(tuned)
     return curve, steps
 
@@ -147,15 +149,14 @@ def _layers(causal: Any) -> list[Any]:
     return [module for module in causal.modules() if type(module).__name__ in names]
 
 
-def _cutting(args: Any, given: Mapping[str, Any], trainer: PackedTrainer, train: Blocks) -> dict[str, Any]:
+def _cutting(args: Any, given: Mapping[str, Any], trainer: PackedTrainer) -> dict[str, Any]:
     """How a step was cut in the end, for the report."""
     rows = args.per_device_train_batch_size
-    mean = sum(train.sizes) / len(train)
     return {
         "rows_of_a_step": rows,
         "rows_given": int(given.get("per_device_train_batch_size", 1)),
         "processes": trainer.world.size,
         "tokens_of_a_pass": trainer.passes.tokens,
-        "passes_of_a_step": max(1, round(rows * mean / trainer.world.size / trainer.passes.tokens)),
+        "passes_of_a_step": trainer.most_passes,
         "activations_computed_twice": trainer.passes.checkpointing,
     }

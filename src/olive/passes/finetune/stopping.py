@@ -1,4 +1,4 @@
-"""The curve of a training, and when it says to stop: the evaluation loss has not fallen for a while."""
+"""The curve of a training, and when it says to stop: evaluations have not become better for a while."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from olive.errors import Problem, Severity
 
 PATIENCE, THRESHOLD = "early_stopping_patience", "early_stopping_threshold"
-_LOSS = ("loss", "eval_loss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +17,24 @@ class Patience:
 
     Attributes:
         evaluations: how many in a row may pass without a gain.
-        threshold: what the loss must fall by to count as a gain.
+        threshold: what the metric must be better by to count as a gain.
+        metric: name of what is looked at, in the curve.
+        greater: whether more of it is better.
     """
 
     evaluations: int
     threshold: float = 0.0
+    metric: str = "eval_loss"
+    greater: bool = False
 
     @classmethod
     def of(cls, training_args: Mapping[str, Any]) -> Patience | None:
         """What ``training_args`` ask for; None where they ask for nothing."""
         given = training_args.get(PATIENCE)
-        return None if given is None else cls(int(given), float(training_args.get(THRESHOLD) or 0.0))
+        if given is None:
+            return None
+        metric, greater = watched(training_args)
+        return cls(int(given), float(training_args.get(THRESHOLD) or 0.0), metric, greater)
 
     def over(self, curve: Iterable[Mapping[str, float]]) -> bool:
         """Whether training is to stop.
@@ -36,17 +42,25 @@ class Patience:
         What the curve says is all there is to know, so that a resumed run counts on where it was.
 
         Args:
-            curve: points of the training so far; those with an ``eval_loss`` count, but for one before the
-                first step.
+            curve: points of the training so far; those with the metric count, but for one before the first
+                step.
         """
         best, waited = float("inf"), 0
         for point in curve:
-            if point["step"] == 0 or "eval_loss" not in point:
+            if point["step"] == 0 or self.metric not in point:
                 continue
-            loss = point["eval_loss"]
-            waited = 0 if best - loss > self.threshold else waited + 1
-            best = min(best, loss)
+            value = -point[self.metric] if self.greater else point[self.metric]
+            waited = 0 if best - value > self.threshold else waited + 1
+            best = min(best, value)
         return waited >= self.evaluations
+
+
+def watched(training_args: Mapping[str, Any]) -> tuple[str, bool]:
+    """The metric that tells the best state, by its name in the curve, and whether more of it is better."""
+    metric = str(training_args.get("metric_for_best_model") or "eval_loss")
+    greater = training_args.get("greater_is_better")
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    return name, not name.endswith("loss") if greater is None else bool(greater)
 
 
 @dataclass(slots=True)
@@ -70,23 +84,27 @@ class Curve:
         return self.patience is not None and self.patience.over(self.points)
 
 
-def best_point(curve: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
-    """The first point with the lowest evaluation loss; None without evaluations."""
-    evaluated = [point for point in curve if "eval_loss" in point and point["step"] > 0]
-    return min(evaluated, key=lambda point: point["eval_loss"], default=None)
+def best_point(
+    curve: Sequence[Mapping[str, float]], metric: str = "eval_loss", greater: bool = False
+) -> Mapping[str, float] | None:
+    """The first point with the best of a metric; None without evaluations."""
+    evaluated = [point for point in curve if metric in point and point["step"] > 0]
+    return min(evaluated, key=lambda point: -point[metric] if greater else point[metric], default=None)
 
 
-def check(args: Mapping[str, Any], has_eval: bool) -> Iterator[Problem]:
+def check(args: Mapping[str, Any], has_eval: bool, metrics: Sequence[str] = ("loss",)) -> Iterator[Problem]:
     """What of the settings does not go together, before anything runs.
 
     Args:
         args: ``training_args``.
         has_eval: whether there are evaluation rows.
+        metrics: what evaluations in training measure.
     """
-    metric = args.get("metric_for_best_model")
-    if metric is not None and metric not in _LOSS:
+    metric, greater = watched(args)
+    if metric.removeprefix("eval_") not in metrics:
         yield Problem(
-            f"metric_for_best_model {metric!r} is not measured in training; eval_loss is",
+            f"metric_for_best_model {args['metric_for_best_model']!r} is not measured in training; "
+            f"{', '.join(metrics)} is",
             "training_args",
             "Remove it, and compare other metrics with an evaluator on each pass.",
         )
@@ -96,7 +114,7 @@ def check(args: Mapping[str, Any], has_eval: bool) -> Iterator[Problem]:
                 f"{THRESHOLD} without {PATIENCE} stops nothing", "training_args", f"Set {PATIENCE}."
             )
         return
-    if args.get("greater_is_better"):
+    if greater and metric.endswith("loss"):
         yield Problem(
             "greater_is_better is true, and early stopping looks at a loss", "training_args", "Remove it."
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class PackedTrainer(Trainer):
     """
 
     control: Any
+    collate = staticmethod(collate)
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class PackedTrainer(Trainer):
         self.step_tokens = 0
         self.stop: int | None = None
         self.said = ""
+        self.most_passes = 0
         if self.world.rank:  # other dropout than the first process
             torch.manual_seed(args.seed + self.world.rank)
 
@@ -141,7 +143,9 @@ class PackedTrainer(Trainer):
         grow = self.world.size if self.sharded else 1
         losses = []
         try:
-            for inputs in self._passes(rows):
+            passes = self._passes(rows)
+            self.most_passes = max(self.most_passes, len(passes))
+            for inputs in passes:
                 prepared = self._prepare_inputs(inputs)
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, prepared, num_items_in_batch=count)
@@ -160,9 +164,9 @@ class PackedTrainer(Trainer):
     def _passes(self, rows: Sequence[TokenBlock]) -> list[dict[str, Any]]:
         """This process's forward passes over ``rows``, as many as the others' where weights are sharded."""
         mine = [self._cut(rows, part) for part in share([len(row.ids) for row in rows], self.world.size)]
-        made = [collate(part) for part in mine[self.world.rank]]
+        made = [self.collate(part) for part in mine[self.world.rank]]
         if self.sharded:
-            idle = collate(rows[:1])
+            idle = self.collate(rows[:1])
             idle["labels"] = torch.full_like(idle["labels"], IGNORE)
             made += [idle] * (max(map(len, mine)) - len(made))
         return made
@@ -173,6 +177,7 @@ class PackedTrainer(Trainer):
 
     def _take_less(self, rows: Sequence[TokenBlock]) -> None:
         """Cut smaller after memory ran out: half the tokens, or activations computed twice, or give up."""
+        self.forget()
         self.model.zero_grad()
         gc.collect()
         if torch.cuda.is_available():
@@ -223,6 +228,17 @@ class PackedTrainer(Trainer):
         rows = told(self._cut(self.rows, part)[bad], self.train_dataset.decode)
         return (f", forward pass {bad + 1} of {passes}" if passes > 1 else "") + f", on {rows}"
 
+    def figures(self) -> dict[str, float]:
+        """What else is known of the forward passes since it was last asked, by name; asking forgets them.
+
+        A ``loss`` among them is the loss of an evaluation, in place of the mean over label tokens. Every
+        process has to ask.
+        """
+        return {}
+
+    def forget(self) -> None:
+        """Forget the forward passes since ``figures`` was last asked: they are done again."""
+
     def floating_point_ops(self, inputs: Any) -> int:
         """4 a parameter and token: the weights are frozen, so there is no gradient of them."""
         if not hasattr(self, "_parameters"):
@@ -244,10 +260,9 @@ class PackedTrainer(Trainer):
             sums += torch.tensor([loss, labels], dtype=torch.float64)
         self.model.train()
         total, count = self.world.total(sums).tolist()
-        metrics = {
-            f"{metric_key_prefix}_loss": total / max(1, count),
-            f"{metric_key_prefix}_runtime": time.perf_counter() - began,
-        }
+        found = {"loss": total / max(1, count)} | self.figures()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -266,10 +281,14 @@ class PackedTrainer(Trainer):
             "seconds": self.curve.seconds,
             "done": self.curve.stopped or self.state.global_step >= self.state.max_steps,
         }
-        write = checkpoints.write(self, self.best)
+        write = self.checkpoint()
         if self.world.first:
             self.journal.commit(self.state.global_step, write, state)
         self.world.wait()
+
+    def checkpoint(self) -> Callable[[Path], None]:
+        """Everything that resuming needs, as a function that writes it into a folder; all have to ask."""
+        return checkpoints.write(self, self.best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -25,8 +25,8 @@ class TrainingData(NamedTuple):
     decode: Callable[[Sequence[int]], str]
 
 
-def load(model: Artifact, params: TuningParams, ctx: PassContext) -> TrainingData:
-    """The blocks of ``params``' data.
+def load(model: Artifact, params: TuningParams, ctx: PassContext, *, pairs: bool = False) -> TrainingData:
+    """The blocks of ``params``' data; of ``pairs``, each block is one.
 
     Raises:
         ConfigError: a data config is not there, its rows do not fit, or nothing would be learnt.
@@ -37,10 +37,11 @@ def load(model: Artifact, params: TuningParams, ctx: PassContext) -> TrainingDat
     seed = split.split_seed(params.training_args)
     config = _data(ctx, params.train_data_config)
     other = _data(ctx, params.eval_data_config) if params.eval_data_config else None
-    made, held = _build(config, tokenizer, seed, ctx, eval_size=0 if other else params.eval_dataset_size or 0)
+    size = 0 if other else params.eval_dataset_size or 0
+    made, held = _build(config, tokenizer, seed, ctx, pairs=pairs, eval_size=size)
     _tell(made, ctx)
     if other is not None:
-        held, _ = _build(other, tokenizer, seed, ctx, evaluation=True)
+        held, _ = _build(other, tokenizer, seed, ctx, pairs=pairs, evaluation=True)
     return TrainingData(made.blocks, held.blocks if held else [], tokenizer.decode)
 
 
@@ -50,14 +51,15 @@ def _build(
     seed: int,
     ctx: PassContext,
     *,
+    pairs: bool,
     eval_size: float = 0,
     evaluation: bool = False,
 ) -> tuple[Blocks, Blocks | None]:
     """Blocks of a data config, and those of the rows split off; in memory, or on disk where it is large."""
-    from olive.data import blocks, rows, size, split, stream
+    from olive.data import blocks, preference, rows, size, split, stream
 
     free = ctx.machine.memory_available // ctx.place.local_size
-    if size.streams(config, ctx.base_dir, free):
+    if size.streams(config, ctx.base_dir, free, pairs=pairs):
         ctx.progress.start(f"tokens of {config.name}")
         made = stream.build(
             config,
@@ -73,12 +75,16 @@ def _build(
         ctx.facts["streamed"] = [*ctx.facts.get("streamed", []), config.name]
         return made
     pre, read = config.pre_process_data_config, rows.read(config, ctx.base_dir)
-    build = blocks.build_held_out if evaluation else blocks.build
+    build, build_held_out = blocks.build, blocks.build_held_out
+    if pairs:
+        build = build_held_out = preference.build
+    elif evaluation:
+        build = build_held_out
     places, others = split.split_places(read, eval_size, seed, pre)
     held = [read[index] for index in others]
     return (
         build([read[index] for index in places], pre, tokenizer, seed, places),
-        blocks.build_held_out(held, pre, tokenizer, seed, others) if held else None,
+        build_held_out(held, pre, tokenizer, seed, others) if held else None,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -27,6 +27,8 @@ from olive.passes.finetune.targets import adapted, check_targets, targets
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
+
+    from olive.passes.finetune.trainer import PackedTrainer
 
 _USUAL_SHARE = 0.6  # of the nominal matrix rate that training reaches
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -86,6 +88,7 @@ class Tuning(Pass[P]):
     libraries = ("torch", "transformers", "peft", "accelerate", "safetensors")
     hardware = ("device", "training_dtype")
     needs_targets: ClassVar[bool] = True
+    measured: ClassVar[tuple[str, ...]] = ("loss",)  # by an evaluation in training
 
     def check(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
@@ -112,7 +115,7 @@ class Tuning(Pass[P]):
                 severity=Severity.WARNING,
             )
         has_eval = bool(params.eval_data_config or params.eval_dataset_size)
-        yield from stopping.check(params.training_args, has_eval)
+        yield from stopping.check(params.training_args, has_eval, self.measured)
         yield from tracking.check(params.training_args)
         for flag in ("bf16", "fp16"):
             if params.training_args.get(flag) and accelerator.device == "cpu" and native == "float32":
@@ -146,7 +149,7 @@ class Tuning(Pass[P]):
         strategy = devices.strategy
         if strategy == "auto":
             strategy = "ddp"
-            if on_gpu and machine.gpus:
+            if on_gpu and machine.gpus and "fsdp" in self.strategies:
                 base = self.base_bytes(model, params, _BYTES[params.torch_dtype or "bfloat16"])
                 needed = base + 16 * self.trained_parameters(model, params)
                 if needed > 0.8 * min(gpu.memory for gpu in machine.gpus):
@@ -158,10 +161,11 @@ class Tuning(Pass[P]):
         from olive.passes.finetune.run import train_blocks
 
         began = time.perf_counter()
-        data = training_data.load(model, params, ctx)
+        data = training_data.load(model, params, ctx, pairs=self.pairs)
         dtype = self.dtype_of(params, ctx)
         tuned = self.prepare(model, params, dtype, ctx)
-        curve, steps = train_blocks(tuned, self.arguments(params, ctx), ctx, dtype, data)
+        given = self.arguments(params, ctx)
+        curve, steps = train_blocks(tuned, given, ctx, dtype, data, self.trainer(params))
         if ctx.place.rank == 0:
             self.save(tuned, model, params, ctx)
         ctx.series["loss"] = curve.points
@@ -177,9 +181,10 @@ class Tuning(Pass[P]):
             "seconds": round(time.perf_counter() - began, 3),
             "tokens_per_second": round(curve.tokens / curve.seconds, 1) if curve.seconds else 0.0,
         }
-        best = stopping.best_point(curve.points)
+        metric, greater = stopping.watched(given)
+        best = stopping.best_point(curve.points, metric, greater)
         if best is not None:
-            ctx.facts |= {"best_step": best["step"], "best_eval_loss": best["eval_loss"]}
+            ctx.facts |= {"best_step": best["step"], f"best_{metric}": best[metric]}
         if curve.stopped:
             ctx.facts["stopped_early"] = True
         ctx.attributes["dtype"] = dtype
@@ -191,6 +196,12 @@ class Tuning(Pass[P]):
     def arguments(self, params: P, ctx: PassContext) -> dict[str, Any]:
         """The document's ``training_args``, with what the method needs."""
         return params.training_args
+
+    def trainer(self, params: P) -> Callable[..., PackedTrainer]:
+        """What trains; called with the arguments of ``PackedTrainer``."""
+        from olive.passes.finetune.trainer import PackedTrainer
+
+        return PackedTrainer
 
     def peft_config(self, params: P, modules: list[str] | str) -> PeftConfig:
         """PEFT's description of the adapter, for ``adapt``; a method without one overrides that.
