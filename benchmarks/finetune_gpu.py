@@ -27,9 +27,12 @@ from olive.config.workflow import Accelerator
 from olive.hardware.probe import probe
 from olive.models.seen import Seen
 from olive.passes.base import PassContext
-from olive.passes.finetune import attention, tuning
+from olive.passes.finetune import attention
 from olive.passes.finetune.base_weights import QuantisedLinear, linear_names
 from olive.passes.finetune.lora import LoRA
+from olive.passes.finetune.run import train_blocks
+from olive.passes.finetune.trainer import PackedTrainer
+from olive.passes.finetune.training_data import TrainingData
 from olive.quantization.blockwise import quantise
 from olive.store.journal import Journal
 
@@ -154,12 +157,12 @@ def parameters(shape: str) -> int:
     return int(s["num_hidden_layers"] * layer + s["vocab_size"] * hidden)
 
 
-def settings() -> LoRA.Params:
+def settings(rank: int) -> LoRA.Params:
     """Of the adapters, on both sides."""
     return LoRA.Params.model_validate(
         {
-            "r": 64,
-            "alpha": 64,
+            "r": rank,
+            "alpha": rank,
             "lora_dropout": 0.0,
             "target_modules": "all-linear",
             "train_data_config": "train",
@@ -171,7 +174,7 @@ def ours(options: argparse.Namespace, quantised: bool, short: bool) -> dict[str,
     """Tokens a second of the pass's own training, the first two steps not counted, and peak memory."""
     model = base(options.shape, quantised)
     vocabulary = SHAPES[options.shape]["vocab_size"]
-    wanted = settings()
+    wanted = settings(options.rank)
     from olive.models.artifact import Artifact, Kind
 
     tuned = LoRA().adapt(model, Artifact(kind=Kind.HF, path=Path("random"), digest="0" * 64), wanted)
@@ -185,11 +188,13 @@ def ours(options: argparse.Namespace, quantised: bool, short: bool) -> dict[str,
         )  # fmt: skip
         given = {
             "max_steps": options.steps, "per_device_train_batch_size": options.batch, "learning_rate": 1e-4,
-            "gradient_accumulation_steps": 1, "gradient_checkpointing": options.checkpointing,
-            "save_strategy": "no", "optim": options.optim,
+            "gradient_accumulation_steps": 1, "save_strategy": "no", "optim": options.optim,
         }  # fmt: skip
+        if options.checkpointing:
+            given["gradient_checkpointing"] = True
         rows = blocks(options.steps * options.batch, options.length, vocabulary, short)
-        curve, _ = tuning._train(tuned, given, ctx, "bfloat16", rows, [])
+        data = TrainingData(rows, [], str)
+        curve, _ = train_blocks(tuned, given, ctx, "bfloat16", data, PackedTrainer)
     speeds = [point["tokens_per_second"] for point in curve.points][2:]
     return {
         "tokens_per_second": sorted(speeds)[len(speeds) // 2],
@@ -197,6 +202,7 @@ def ours(options: argparse.Namespace, quantised: bool, short: bool) -> dict[str,
         "resident": resident / 2**30,
         "peak": torch.cuda.max_memory_allocated() / 2**30,
         "fused": ctx.facts["fused_layers"],
+        "cut": ctx.facts["micro_batch"],
     }
 
 
@@ -208,7 +214,7 @@ def plain(options: argparse.Namespace, short: bool) -> dict[str, Any]:
 
     model = base(options.shape, False)
     model.set_attn_implementation("sdpa")
-    wanted = settings()
+    wanted = settings(options.rank)
     tuned = get_peft_model(model, lora_config(wanted, "all-linear"))
     tuned.train()
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4, fused=True)
@@ -253,11 +259,16 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw_torch_fused")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--limit", type=float, help="GiB that the process may take, as on a smaller card")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     options.length = options.length or (2048 if options.case == "qlora" else 4096)
     options.batch = options.batch or (2 if options.case == "qlora" else 1)
     torch.backends.cuda.matmul.allow_tf32 = True
+    if options.limit:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.limit * 2**30 / total)
     rate = matrix_rate(options.shape, options.length * options.batch)
     need = 4 * parameters(options.shape)
     if options.plain:

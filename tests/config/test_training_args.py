@@ -34,6 +34,7 @@ def errors(values: Any) -> list[Problem]:
         ({"per_gpu_train_batch_size": 2}, {"per_device_train_batch_size": 2}),
         ({"output_dir": "x", "save_safetensors": True, "fp16_backend": "auto"}, {}),
         ({"adafactor": True}, {"optim": "adafactor"}),
+        ({"early_stopping_steps": 3}, {"early_stopping_patience": 3}),
         ({"seed": 3.0}, {"seed": 3}),
     ],
 )
@@ -64,6 +65,10 @@ def test_old_names(old: dict[str, Any], new: dict[str, Any]) -> None:
         ({"optim": "adam"}, "none of its values"),
         ({"train_sampling_strategy": "sorted"}, "none of its values"),
         ({"lr_scheduler_kwargs": 3}, "an object"),
+        ({"early_stopping_patience": 0}, "out of range"),
+        ({"early_stopping_patience": 1.5}, "a whole number"),
+        ({"early_stopping_threshold": -0.1}, "out of range"),
+        ({"early_stoping_patience": 2}, "did you mean `early_stopping_patience`"),
         ({"hub_token": "abc"}, "HF_TOKEN"),
         ([], "should be an object"),
         ({"evaluation_strategy": "no", "eval_strategy": "steps"}, "both are given"),
@@ -95,6 +100,7 @@ def test_secrets_are_not_repeated() -> None:
         {"save_strategy": "best"},
         {"dataloader_multiprocessing_context": "fork"},
         {"hub_token": None},
+        {"early_stopping_patience": 3, "early_stopping_threshold": 0.01},
     ],
 )
 def test_accepted(values: dict[str, Any]) -> None:
@@ -106,8 +112,11 @@ def test_the_fields_are_those_that_transformers_takes() -> None:
     from transformers import TrainingArguments
 
     real = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
-    assert set(training_args.fields()) == set(real)
+    assert set(training_args.fields()) == set(real) | set(training_args.OWN)
+    assert not set(real) & set(training_args.OWN)
     for name, field in training_args.fields().items():
+        if name in training_args.OWN:
+            continue
         default = real[name].default
         if isinstance(default, (bool, int, float, str)):
             assert type(default).__name__ in field.kinds | ({"int"} if "float" in field.kinds else set()) or (

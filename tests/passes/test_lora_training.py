@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -281,13 +282,44 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path: Path, num
 
 def test_nan_loss_stops(tmp_path: Path) -> None:
     base = tiny_phi3(tmp_path / "base")
-    with pytest.raises(PassFailed, match="loss became"):
+    with pytest.raises(PassFailed, match="loss became") as failed:
         train(
             base,
             tmp_path,
             data(rows(tmp_path)),
             params(training_args={"learning_rate": 1e30, "max_grad_norm": 0, "max_steps": 6, "optim": "sgd"}),
         )
+    assert "row " in str(failed.value)
+
+
+@pytest.mark.parametrize("pre", [{}, {"strategy": "pack", "max_seq_len": 96}])
+def test_a_loss_that_is_no_number_names_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pre: dict[str, Any]
+) -> None:
+    """One row alone makes the loss infinite; it is named by its number in the data, and by its words."""
+    import torch
+
+    from olive.data import rows as data_rows
+    from olive.data import tokens
+    from olive.passes.finetune import trainer
+
+    base = tiny_phi3(tmp_path / "base")
+    config = data(rows(tmp_path), **pre)
+    wanted = tokens.load(base).encode("surprise")[0]
+    chosen = [i for i, row in enumerate(data_rows.read(config, tmp_path)) if row["tone"] == "surprise"]
+    step = trainer.PackedTrainer.compute_loss
+
+    def poisoned(self: Any, model: Any, inputs: Any, *args: Any, **more: Any) -> Any:
+        loss = step(self, model, inputs, *args, **more)
+        return loss * torch.nan if bool((inputs["labels"] == wanted).any()) else loss
+
+    monkeypatch.setattr(trainer.PackedTrainer, "compute_loss", poisoned)
+    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 24}
+    with pytest.raises(PassFailed, match="loss became nan") as failed:
+        train(base, tmp_path, config, params(eval_dataset_size=6, training_args=batch))
+    named = [int(number) for number in re.findall(r"row (\d+) \('### Text: \w+", str(failed.value))]
+    assert set(named) & set(chosen)
+    assert (len(named) == 1) == (not pre)
 
 
 CHILD = """

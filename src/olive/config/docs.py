@@ -157,9 +157,14 @@ def _json(value: Any) -> str:
 
 
 def _arguments() -> Iterator[str]:
-    names = sorted(training_args.fields())
+    names = sorted(set(training_args.fields()) - set(training_args.OWN))
     yield "`training_args` takes every field of the installed `transformers.TrainingArguments`:"
     yield ", ".join(f"`{name}`" for name in names) + "."
+    yield ""
+    yield "And `early_stopping_patience`: training ends after that many evaluations in a row whose"
+    yield "`eval_loss` is not lower by more than `early_stopping_threshold` (0) than the lowest before; the"
+    yield "state with the lowest is saved, as with `load_best_model_at_end`. It needs evaluation rows"
+    yield "(`eval_dataset_size` or `eval_data_config`) and `eval_strategy`."
 
 
 def _older() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`training_args`: every field of the installed TrainingArguments, under its old and its new name.
+"""`training_args`: the fields of the installed TrainingArguments, by their old and new names, and our own.
 
 The fields are read from the source of transformers, not by importing it: importing takes seconds.
 """
@@ -26,13 +26,14 @@ RENAMED: dict[str, str] = {
     "xpu_backend": "ddp_backend",
     "torchdynamo": "torch_compile_backend",
     "warmup_ratio": "warmup_steps",
+    "early_stopping_steps": "early_stopping_patience",  # LLaMA-Factory's name for the same number
 }
 WITHOUT_EFFECT: dict[str, str] = {
     "output_dir": "of `training_args` has no effect: checkpoints live in the store",
     "overwrite_output_dir": "has no effect: checkpoints live in the store",
     "resume_from_checkpoint": "has no effect: an interrupted run continues by itself",
     "save_safetensors": "has no effect: weights are always written as safetensors",
-    "logging_dir": "has no effect: the curves are in the report",
+    "logging_dir": "has no effect: curves are in the report; trackers write to `tracking` in output_dir",
     "fp16_backend": "has no effect any more",
     "half_precision_backend": "has no effect any more",
     "fp16_opt_level": "has no effect any more",
@@ -69,6 +70,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "save_steps": (1e-6, 1e8),
     "seed": (0, (1 << 32) - 1),
     "data_seed": (0, (1 << 32) - 1),
+    "early_stopping_patience": (1, 1e6),
+    "early_stopping_threshold": (0.0, 1e3),
 }
 _PRIMITIVES = {"int", "float", "str", "bool", "dict", "list", "None"}
 _SAID = {
@@ -95,9 +98,16 @@ class Field:
     choices: tuple[str, ...] = ()
 
 
+# Beside those of TrainingArguments: what transformers' EarlyStoppingCallback takes.
+OWN: dict[str, Field] = {
+    "early_stopping_patience": Field(frozenset({"int", "None"})),
+    "early_stopping_threshold": Field(frozenset({"float", "None"})),
+}
+
+
 @cache
 def fields() -> Mapping[str, Field]:
-    """The fields of the installed TrainingArguments; empty when transformers is not installed."""
+    """The fields of the installed TrainingArguments and our own; none when transformers is not installed."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         return {}
@@ -114,7 +124,7 @@ def fields() -> Mapping[str, Field]:
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and _is_field(line):
                     found[line.target.id] = _field(line, enums)
-    return found
+    return found | OWN
 
 
 def names() -> tuple[str, ...]:

@@ -130,6 +130,12 @@ class LoadDataset(Frozen):
         description="Rows to keep: a random choice of the split's rows, always the same one, in their order. "
         "The first rows instead: `train[:100]` as `split`.",
     )
+    streaming: bool | None = Field(
+        None,
+        description="Fine-tuning reads the rows some at a time and keeps their tokens on disk, for data "
+        "larger than memory; what is learnt is the same. Default: where the data would take half of the "
+        "free memory.",
+    )
     revision: str | None = Field(None, description="Revision of a hub dataset.")
     trust_remote_code: bool = Field(False, description="Run code that the dataset brings.")
 

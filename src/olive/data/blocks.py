@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from olive.config.workflow import PreProcess
-from olive.data.mixture import groups, scatter
-from olive.data.packing import first_fit_decreasing
+from olive.data.layout import Block, Documents, Held, Laid, Stream, whole
+from olive.data.mixture import groups, name_of, scatter
+from olive.data.packing import packed
 from olive.data.template import render_all
-from olive.data.tokens import IGNORE, Encoded, Tokenizer
+from olive.data.tokens import Encoded, Tokenizer
 from olive.errors import ConfigError, Problem, Severity
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One training sequence.
-
-    Attributes:
-        ids: token ids.
-        labels: the ids, with ``-100`` where nothing is learnt. Not shifted: the label at ``i`` is the target
-            of the logits at ``i - 1``, and the first label of a document has no logits of its own.
-        lengths: lengths of the documents inside, in order; their sum is ``len(ids)``. Attention stays
-            within a document and positions restart at each.
-    """
-
-    ids: list[int]
-    labels: list[int]
-    lengths: tuple[int, ...]
-
-    @property
-    def positions(self) -> list[int]:
-        """Position ids, restarting at each document."""
-        return [position for length in self.lengths for position in range(length)]
-
-    @property
-    def trained_tokens(self) -> int:
-        """How many positions carry a loss."""
-        firsts = {0, *accumulate(self.lengths)}
-        return sum(label != IGNORE and index not in firsts for index, label in enumerate(self.labels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +27,7 @@ class Blocks:
         notes: what the user should know: rows cut, rows left out, a tail dropped.
     """
 
-    blocks: list[Block]
+    blocks: Sequence[Block]
     rows: int
     notes: tuple[Problem, ...] = ()
 
@@ -67,16 +40,24 @@ class Blocks:
     @property
     def tokens(self) -> int:
         """Tokens in all blocks."""
+        if isinstance(self.blocks, Laid):
+            return sum(self.blocks.sizes)
         return sum(len(block.ids) for block in self.blocks)
 
     @property
     def trained_tokens(self) -> int:
         """Positions that carry a loss, in all blocks."""
+        if isinstance(self.blocks, Laid):
+            return sum(self.blocks.learnt)
         return sum(block.trained_tokens for block in self.blocks)
 
 
 def build(
-    rows: Sequence[Mapping[str, Any]], pre: PreProcess, tokenizer: Tokenizer, seed: int | None = None
+    rows: Sequence[Mapping[str, Any]],
+    pre: PreProcess,
+    tokenizer: Tokenizer,
+    seed: int | None = None,
+    places: Sequence[int] | None = None,
 ) -> Blocks:
     """Render, tokenise and arrange rows.
 
@@ -85,6 +66,7 @@ def build(
         pre: template and strategy.
         tokenizer: of the model to train.
         seed: for the random strategies, where ``pre.random_seed`` is not set.
+        places: numbers of the rows in the data, for messages, where they are but some of them.
 
     Raises:
         ConfigError: the rows do not fit the template, a setting the strategy needs is missing, or nothing
@@ -101,19 +83,41 @@ def build(
             for group in parts
         ],
     )
-    learns_all = all(group.pre.train_on in (None, "all") for group in parts)
-    pre = pre.model_copy(update={"train_on": "all" if learns_all else "completion"})
-    joiner = tokenizer.encode(pre.joiner) if pre.strategy.startswith("join") and pre.joiner else []
-    return arrange(encoded, pre, joiner, seed)
+    pre = learning(pre, [group.pre for group in parts])
+
+    def name(index: int) -> str:
+        return name_of(rows[index], index if places is None else places[index])
+
+    return arrange(encoded, pre, joiner_of(pre, tokenizer), seed, name)
+
+
+def learning(pre: PreProcess, parts: Iterable[PreProcess]) -> PreProcess:
+    """``pre`` as it arranges rows that become text as ``parts`` say: joiners are learnt where all else is."""
+    learns_all = all(part.train_on in (None, "all") for part in parts)
+    return pre.model_copy(update={"train_on": "all" if learns_all else "completion"})
+
+
+def joiner_of(pre: PreProcess, tokenizer: Tokenizer) -> list[int]:
+    """The tokens between joined rows."""
+    return tokenizer.encode(pre.joiner) if pre.strategy.startswith("join") and pre.joiner else []
 
 
 def build_held_out(
-    rows: Sequence[Mapping[str, Any]], pre: PreProcess, tokenizer: Tokenizer, seed: int | None = None
+    rows: Sequence[Mapping[str, Any]],
+    pre: PreProcess,
+    tokenizer: Tokenizer,
+    seed: int | None = None,
+    places: Sequence[int] | None = None,
 ) -> Blocks:
     """Blocks to evaluate on: as ``build``, but joined rows lose no tail and each label counts once."""
-    if pre.strategy.startswith("join"):
-        pre = pre.model_copy(update={"strategy": "join-sliding-window", "stride": pre.max_seq_len})
-    return build(rows, pre, tokenizer, seed)
+    return build(rows, held_out(pre), tokenizer, seed, places)
+
+
+def held_out(pre: PreProcess) -> PreProcess:
+    """``pre`` as it arranges rows to evaluate on."""
+    if not pre.strategy.startswith("join"):
+        return pre
+    return pre.model_copy(update={"strategy": "join-sliding-window", "stride": pre.max_seq_len})
 
 
 def settings_missing(pre: PreProcess, seed: int | None = None) -> list[Problem]:
@@ -135,26 +139,33 @@ def settings_missing(pre: PreProcess, seed: int | None = None) -> list[Problem]:
 
 
 def arrange(
-    encoded: Sequence[Encoded], pre: PreProcess, joiner: list[int], seed: int | None = None
+    encoded: Sequence[Encoded] | Documents,
+    pre: PreProcess,
+    joiner: list[int],
+    seed: int | None = None,
+    name: Callable[[int], str] = "row {}".format,
 ) -> Blocks:
-    """Blocks of encoded rows, by the strategy of ``pre``; ``joiner`` are the tokens between joined rows."""
+    """Blocks of encoded rows, by the strategy of ``pre``; ``joiner`` are the tokens between joined rows.
+
+    Rows that are kept on disk stay there: their blocks are read when asked for.
+    """
     notes: list[Problem] = []
+    held = isinstance(encoded, Sequence)
+    documents = Held(encoded, pre.max_seq_len, name) if isinstance(encoded, Sequence) else encoded
     if pre.strategy.startswith("line-by-line") or pre.strategy == "pack":
-        documents = _cut(encoded, pre, notes)
-        blocks = _lines(documents, pre, seed) if pre.strategy != "pack" else _pack(documents, pre.max_seq_len)
-    elif pre.strategy == "join-random":
-        blocks = _join_random(encoded, pre, joiner, seed)
+        blocks = _documents(documents, pre, seed, notes)
     else:
-        stream = _stream(encoded, pre, joiner)
-        blocks = _windows(stream, pre, notes)
+        stream = Stream(documents, joiner, learnt=pre.train_on in (None, "all"))
+        blocks = _windows(stream, pre, seed, notes)
     if pre.max_samples is not None:
         blocks = blocks[: pre.max_samples]
-    taught = [block for block in blocks if block.trained_tokens]
-    if not taught:
-        raise _nothing(encoded, pre, blocks)
-    if len(taught) < len(blocks):
-        notes.append(_idle(len(blocks) - len(taught), len(blocks), "blocks"))
-    return Blocks(taught, len(encoded), tuple(notes))
+    kept = array("I", (index for index, learnt in enumerate(blocks.learnt) if learnt))
+    if not kept:
+        raise _nothing(documents, pre, len(blocks))
+    if len(kept) < len(blocks):
+        notes.append(_idle(len(blocks) - len(kept), len(blocks), "blocks"))
+        blocks = blocks.only(kept)
+    return Blocks(list(blocks) if held else blocks, len(documents), tuple(notes))
 
 
 def _note(message: str, fix: str | None = None, severity: Severity = Severity.WARNING) -> Problem:
@@ -165,34 +176,38 @@ def _idle(count: int, total: int, what: str) -> Problem:
     return _note(f"{count} of {total} {what} hold no token to learn and are left out")
 
 
-def _cut(encoded: Sequence[Encoded], pre: PreProcess, notes: list[Problem]) -> list[Encoded]:
-    """Documents no longer than max_seq_len that still teach something; short ones dropped when asked."""
-    limit = pre.max_seq_len
-    long = sum(len(row.ids) > limit for row in encoded)
+def _documents(documents: Documents, pre: PreProcess, seed: int | None, notes: list[Problem]) -> Laid:
+    """Blocks of whole documents: one each, or packed."""
+    taught, limit = _taught(documents, pre, notes), pre.max_seq_len
+    if pre.strategy == "pack":
+        sizes = array("I", (min(limit, documents.lengths[index]) for index in taught))
+        order, starts = packed(sizes, limit)
+        return whole(documents, array("I", (taught[i] for i in order)), starts, limit, packed=True)
+    if pre.strategy == "line-by-line-random" and taught:
+        draw = _draws(pre, seed, len(taught))
+        taught = array("I", (taught[next(draw)] for _ in range(pre.max_samples or len(taught))))
+    return whole(documents, taught, range(len(taught) + 1), limit, packed=False)
+
+
+def _taught(documents: Documents, pre: PreProcess, notes: list[Problem]) -> array[int]:
+    """Documents that still teach something when cut to max_seq_len; short ones dropped when asked."""
+    limit, lengths = pre.max_seq_len, documents.lengths
+    long = sum(length > limit for length in lengths)
     if long:
-        longest = max(len(row.ids) for row in encoded)
+        longest = max(lengths)
         notes.append(
             _note(
-                f"{long} of {len(encoded)} rows are cut to max_seq_len {limit}; the longest has {longest}",
+                f"{long} of {len(documents)} rows are cut to max_seq_len {limit}; the longest has {longest}",
                 f"set max_seq_len to {longest} to keep them whole",
             )
         )
-    documents = [
-        Encoded(row.ids[:limit], row.labels[:limit])
-        for row in encoded
-        if len(row.ids) >= (limit if pre.drop_short_sequences and pre.strategy != "pack" else 1)
-    ]
-    taught = [row for row in documents if any(label != IGNORE for label in row.labels[1:])]
-    if taught and len(taught) < len(documents):
-        notes.append(_idle(len(documents) - len(taught), len(documents), "rows"))
+    least = limit if pre.drop_short_sequences and pre.strategy != "pack" else 1
+    kept = sum(length >= least for length in lengths)
+    learnt = documents.learnt
+    taught = array("I", (index for index, length in enumerate(lengths) if length >= least and learnt[index]))
+    if taught and len(taught) < kept:
+        notes.append(_idle(kept - len(taught), kept, "rows"))
     return taught
-
-
-def _lines(documents: list[Encoded], pre: PreProcess, seed: int | None) -> list[Block]:
-    if pre.strategy == "line-by-line-random" and documents:
-        draw = _draws(pre, seed, len(documents))
-        documents = [documents[next(draw)] for _ in range(pre.max_samples or len(documents))]
-    return [Block(row.ids, row.labels, (len(row.ids),)) for row in documents]
 
 
 def _draws(pre: PreProcess, seed: int | None, count: int) -> Iterator[int]:
@@ -202,78 +217,51 @@ def _draws(pre: PreProcess, seed: int | None, count: int) -> Iterator[int]:
         yield int(generator.random() * count)
 
 
-def _pack(documents: list[Encoded], limit: int) -> list[Block]:
-    blocks = []
-    for bin_ in first_fit_decreasing([len(row.ids) for row in documents], limit):
-        ids: list[int] = []
-        labels: list[int] = []
-        for index in bin_:
-            ids += documents[index].ids
-            # The logits before a document's first token belong to its neighbour: nothing to learn there.
-            labels += [IGNORE, *documents[index].labels[1:]]
-        blocks.append(Block(ids, labels, tuple(len(documents[index].ids) for index in bin_)))
-    return blocks
-
-
-def _stream(encoded: Sequence[Encoded], pre: PreProcess, joiner: list[int]) -> Encoded:
-    ids: list[int] = []
-    labels: list[int] = []
-    between = joiner if pre.train_on in (None, "all") else [IGNORE] * len(joiner)
-    for index, row in enumerate(encoded):
-        if index:
-            ids += joiner
-            labels += between
-        ids += row.ids
-        labels += row.labels
-    return Encoded(ids, labels)
-
-
-def _windows(stream: Encoded, pre: PreProcess, notes: list[Problem]) -> list[Block]:
-    limit, total = pre.max_seq_len, len(stream.ids)
-    if pre.strategy == "join":
+def _windows(stream: Stream, pre: PreProcess, seed: int | None, notes: list[Problem]) -> Laid:
+    """Blocks cut from the joined rows."""
+    limit, total = pre.max_seq_len, stream.total
+    starts: Sequence[int]
+    if pre.strategy == "join-random":
+        starts = _random_starts(stream, pre, seed)
+    elif pre.strategy == "join":
         tail = total % limit
         if tail and total > limit:
             notes.append(
                 _note(f"join drops the last {tail} of {total} tokens: no full block", severity=Severity.NOTE)
             )
-        return [_window(stream, start, limit, 0) for start in range(0, total - limit + 1, limit)]
-    stride = pre.stride or limit
-    starts = list(range(0, max(total - limit, 0) + 1, stride))
-    if starts[-1] + limit < total:
-        starts.append(total - limit)
-    blocks, counted = [], 0
-    for start in starts:
-        blocks.append(_window(stream, start, limit, counted))
-        counted = start + limit
-    return [block for block in blocks if block.ids]
+        starts = range(0, total - limit + 1, limit)
+    else:
+        starts = array("Q", range(0, max(total - limit, 0) + 1, pre.stride or limit) if total else ())
+        if starts and starts[-1] + limit < total:
+            starts.append(total - limit)
+
+    def make(place: int) -> Block:
+        before = place and pre.strategy == "join-sliding-window"
+        return stream.window(starts[place], limit, starts[place - 1] + limit if before else 0)
+
+    sizes, learnt = array("I"), array("I")
+    for place in range(len(starts)):
+        block = make(place)
+        sizes.append(len(block.ids))
+        learnt.append(block.trained_tokens)
+    return Laid(make, range(len(starts)), sizes, learnt)
 
 
-def _window(stream: Encoded, start: int, limit: int, counted: int) -> Block:
-    """The window at ``start``; labels of tokens before ``counted`` are masked, a window before has them."""
-    ids, labels = stream.ids[start : start + limit], stream.labels[start : start + limit]
-    overlap = max(0, counted - start)
-    return Block(ids, [IGNORE] * overlap + labels[overlap:], (len(ids),))
-
-
-def _join_random(
-    encoded: Sequence[Encoded], pre: PreProcess, joiner: list[int], seed: int | None
-) -> list[Block]:
-    """Blocks that begin at a random row. Drawn among the rows that enough tokens follow: none is short."""
+def _random_starts(stream: Stream, pre: PreProcess, seed: int | None) -> array[int]:
+    """Starts of random rows, drawn among those that enough tokens follow: no block is short."""
     limit = pre.max_seq_len
-    stream = _stream(encoded, pre, joiner)
-    starts = [0, *accumulate(len(row.ids) + len(joiner) for row in encoded)][: len(encoded)]
-    fit = [start for start in starts if start + limit <= len(stream.ids)]
+    fit = sum(start + limit <= stream.total for start in stream.starts)
     if not fit:
-        return []
-    draw = _draws(pre, seed, len(fit))
-    count = pre.max_samples or max(1, len(stream.ids) // limit)
-    return [_window(stream, fit[next(draw)], limit, 0) for _ in range(count)]
+        return array("Q")
+    draw = _draws(pre, seed, fit)
+    count = pre.max_samples or max(1, stream.total // limit)
+    return array("Q", (stream.starts[next(draw)] for _ in range(count)))
 
 
-def _nothing(encoded: Sequence[Encoded], pre: PreProcess, blocks: list[Block]) -> ConfigError:
-    total = sum(len(row.ids) for row in encoded)
-    had = f"{len(encoded)} rows with {total} tokens"
-    longest = max((len(row.ids) for row in encoded), default=0)
+def _nothing(documents: Documents, pre: PreProcess, blocks: int) -> ConfigError:
+    total = sum(documents.lengths)
+    had = f"{len(documents)} rows with {total} tokens"
+    longest = max(documents.lengths, default=0)
     fix = None
     if pre.strategy.startswith("join") and not blocks:
         fix = f"set max_seq_len to {max(2, total)} or less, or use strategy pack, which needs no full block"
@@ -282,8 +270,7 @@ def _nothing(encoded: Sequence[Encoded], pre: PreProcess, blocks: list[Block]) -
     if fix is not None:
         made = f"strategy {pre.strategy} makes no block of {pre.max_seq_len} tokens"
         return ConfigError(f"{made} from {had}", fix=fix)
-    first = [next((n for n, label in enumerate(row.labels) if n and label != IGNORE), 0) for row in encoded]
-    if not any(first):
+    if not any(documents.first):
         return ConfigError(
             f"nothing would be learnt from {had}: every label is masked, no row has an answer to learn",
             fix="check the template and that rows have an answer, an assistant turn with words in it; "
@@ -292,5 +279,6 @@ def _nothing(encoded: Sequence[Encoded], pre: PreProcess, blocks: list[Block]) -
     return ConfigError(
         f"nothing would be learnt from {had}: every label is masked, the answers begin beyond max_seq_len "
         f"{pre.max_seq_len}",
-        fix=f"set max_seq_len to {min(n for n in first if n) + 1} or more; the longest row has {longest}",
+        fix=f"set max_seq_len to {min(n for n in documents.first if n) + 1} or more; the longest row has "
+        f"{longest}",
     )

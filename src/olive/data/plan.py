@@ -15,7 +15,8 @@ from olive.data.formats import turns
 from olive.data.mixture import Group, MixedRow, groups
 from olive.data.rows import columns, is_local, read, where
 from olive.data.runtime import Question
-from olive.data.split import split_rows
+from olive.data.size import sample, streams
+from olive.data.split import split_rows, wanted_rows
 from olive.data.template import Text, check, check_turns, render_all
 from olive.data.tokens import LightTokenizer, load
 from olive.errors import OliveError, Problem, Severity, raise_errors
@@ -59,6 +60,7 @@ class Preview(Frozen):
         longest_block: tokens in the longest block.
         eval_rows, eval_blocks: the part split off for evaluation.
         estimated: whether the counts are scaled up from a part of the rows.
+        streamed: whether rows are read some at a time; then their number is an estimate too.
         prompt, completion: the first row, rendered; of a pair, the chosen answer.
         rejected: the rejected answer of the first row; empty where rows are no pairs, else each is a block.
         ids, labels: the first row, tokenised; -100 marks what is not learnt.
@@ -77,6 +79,7 @@ class Preview(Frozen):
     eval_rows: int = 0
     eval_blocks: int = 0
     estimated: bool = False
+    streamed: bool = False
     prompt: str = ""
     completion: str = ""
     rejected: str = ""
@@ -93,6 +96,7 @@ def preview(
     eval_size: float = 0,
     seed: int | None = None,
     runtime: bool = False,
+    memory: int | None = None,
     pairs: bool = False,
 ) -> Preview:
     """Look at a data config as training will.
@@ -105,13 +109,14 @@ def preview(
         seed: the training's seed; None where it has none.
         runtime: ask ONNX Runtime GenAI too how it reads the first row; what it reads otherwise is an error
             among the problems.
+        memory: free bytes; data that would fill them is looked at in part, as it is to be read as a stream.
         pairs: rows are read as pairs of a chosen and a rejected answer.
 
     Raises:
         OliveError: anything that would fail at the run; every fault found is in the one error.
     """
     try:
-        return _preview(config, base_dir, tokenizer_folder, eval_size, seed, runtime, pairs)
+        return _preview(config, base_dir, tokenizer_folder, eval_size, seed, runtime, memory, pairs)
     except OliveError as error:
         raise type(error)(problems=[_located(problem, config) for problem in error.problems]) from error
 
@@ -123,6 +128,7 @@ def _preview(
     eval_size: float,
     seed: int | None,
     runtime: bool,
+    memory: int | None,
     pairs: bool,
 ) -> Preview:
     pre = config.pre_process_data_config
@@ -130,15 +136,19 @@ def _preview(
     if not is_local(config, base_dir):
         raise_errors(missing)
         return Preview(name=config.name, problems=tuple(_remote(config, base_dir)))
-    rows = read(config, base_dir)
+    streamed = memory is not None and streams(config, base_dir, memory, pairs=pairs)
+    looked_at = sample(config, base_dir) if streamed else None
+    rows = looked_at.rows if looked_at else read(config, base_dir)
+    total = looked_at.total if looked_at else len(rows)
     parts = groups(pre, rows)
     fit = preference.check if pairs else check
     raise_errors([*missing, *(problem for part in parts for problem in fit(part.pre, columns(part.rows)))])
-    found: dict[str, Any] = {"name": config.name, "rows": len(rows), "columns": columns(rows)}
-    if config.load_dataset_config.max_rows == len(rows):
-        found["max_rows"] = len(rows)
+    found: dict[str, Any] = {"name": config.name, "rows": total, "columns": columns(rows)}
+    found["streamed"] = streamed
+    if config.load_dataset_config.max_rows == total:
+        found["max_rows"] = total
     tokenizer = load(tokenizer_folder) if tokenizer_folder is not None else None
-    found["parts"] = tuple(_part(config, part, tokenizer, pairs) for part in parts)
+    found["parts"] = tuple(_part(config, part, tokenizer, total / len(rows), pairs) for part in parts)
     chat = tokenizer.chat if tokenizer else None
     for part in parts:
         if chats(part.pre):
@@ -151,19 +161,23 @@ def _preview(
         text, other = preference.render(first.pre, rows[0], chat)
         found["rejected"] = other.completion
     found |= {"prompt": text.prompt, "completion": text.completion}
-    train, evaluation = split_rows(rows, eval_size, seed or 0, pre)
-    found["eval_rows"] = len(evaluation)
+    # of a sample, as large a share as of all rows
+    share = eval_size if eval_size < 1 or looked_at is None else min(eval_size / total, 0.5)
+    train, evaluation = split_rows(rows, share, seed or 0, pre)
+    held_rows = found["eval_rows"] = wanted_rows(eval_size, total) if looked_at else len(evaluation)
     if tokenizer is None:
         return Preview(**found)
-    sample = tokenizer.encode_row(
+    encoded = tokenizer.encode_row(
         text, first.pre.model_copy(update={"train_on": "completion"}) if pairs else first.pre
     )
-    found |= {"ids": tuple(sample.ids), "labels": tuple(sample.labels)}
+    found |= {"ids": tuple(encoded.ids), "labels": tuple(encoded.labels)}
     with _question(first.pre, rows[0], text, tokenizer, tokenizer_folder if runtime else None) as asked:
-        counts, blocks = _counts(train, config, tokenizer, seed, pairs=pairs)
-        problems = [*blocks.notes]
+        more = (total - held_rows) / len(train)
+        counts, blocks = _counts(train, config, tokenizer, seed, more, pairs=pairs)
+        problems = [*blocks.notes, *([_streamed(total, len(rows))] if streamed else [])]
         if evaluation:
-            held, held_blocks = _counts(evaluation, config, tokenizer, seed, pairs=pairs, held_out=True)
+            more = held_rows / len(evaluation)
+            held, held_blocks = _counts(evaluation, config, tokenizer, seed, more, pairs=pairs, held_out=True)
             found["eval_blocks"] = held["blocks"]
             problems += [
                 replace(note, message=f"evaluation part: {note.message}") for note in held_blocks.notes
@@ -178,12 +192,14 @@ def chats(pre: PreProcess) -> bool:
     return bool(pre.chat_template) or pre.format is not None
 
 
-def _part(config: DataConfig, group: Group, tokenizer: LightTokenizer | None, pairs: bool) -> PartPreview:
+def _part(
+    config: DataConfig, group: Group, tokenizer: LightTokenizer | None, scale: float, pairs: bool
+) -> PartPreview:
     """How rows become text, for the reader of the plan."""
     pre, row = group.pre, group.rows[0]
     made = PartPreview(
         name=row.source if isinstance(row, MixedRow) else config.name,
-        rows=len(group.rows),
+        rows=round(len(group.rows) * scale),
         train_on="pair" if pairs else pre.train_on or "all",
     )
     if not chats(pre):
@@ -225,11 +241,12 @@ def _counts(
     config: DataConfig,
     tokenizer: LightTokenizer,
     seed: int | None,
+    more: float,
     *,
     pairs: bool = False,
     held_out: bool = False,
 ) -> tuple[Mapping[str, Any], Blocks]:
-    """Counts over all rows, and the blocks of those tokenised."""
+    """Counts over all rows, ``more`` times those given, and the blocks of those tokenised."""
     pre = config.pre_process_data_config
     slow = any(chats(part.pre) for part in groups(pre, rows))
     chosen, limit = rows, _COUNTED_CHATS if slow else _COUNTED
@@ -237,7 +254,7 @@ def _counts(
         chosen = [rows[index * len(rows) // limit] for index in range(limit)]
     make = preference.build if pairs else build_held_out if held_out else build
     blocks = make(chosen, pre, tokenizer, seed)
-    scale = len(rows) / len(chosen)
+    scale = more * len(rows) / len(chosen)
     if pre.max_samples is not None:
         scale = min(scale, pre.max_samples / len(blocks))
     return {
@@ -245,8 +262,16 @@ def _counts(
         "tokens": round(blocks.tokens * scale),
         "trained_tokens": round(blocks.trained_tokens * scale),
         "longest_block": max(len(block.ids) for block in blocks),
-        "estimated": len(chosen) < len(rows),
+        "estimated": scale != 1 and (more != 1 or len(chosen) < len(rows)),
     }, blocks
+
+
+def _streamed(total: int, looked_at: int) -> Problem:
+    return Problem(
+        f"read as a stream, for it is large or streaming is true: about {total:,} rows, of which the plan "
+        f"looked at the first {looked_at:,}; the others are checked at the run",
+        severity=Severity.NOTE,
+    )
 
 
 def _remote(config: DataConfig, base_dir: Path) -> list[Problem]:

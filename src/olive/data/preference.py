@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from olive.config.workflow import PreProcess
 from olive.data import formats
-from olive.data.blocks import Block, Blocks
+from olive.data.blocks import Blocks
 from olive.data.chat import PLAIN, ChatTemplate
-from olive.data.mixture import groups, scatter
+from olive.data.layout import Block
+from olive.data.mixture import groups, name_of, scatter
 from olive.data.spans import find
 from olive.data.template import Text, bare, chat_of, each
 from olive.data.tokens import IGNORE, Encoded, Tokenizer
@@ -84,7 +86,13 @@ def _pair(chosen: Encoded, rejected: Encoded) -> Block:
     )
 
 
-def build(rows: Sequence[Row], pre: PreProcess, tokenizer: Tokenizer, seed: int | None = None) -> Blocks:
+def build(
+    rows: Sequence[Row],
+    pre: PreProcess,
+    tokenizer: Tokenizer,
+    seed: int | None = None,
+    places: Sequence[int] | None = None,
+) -> Blocks:
     """Render and tokenise preference rows; the strategy has no say, since pairs stay whole.
 
     Args:
@@ -92,6 +100,7 @@ def build(rows: Sequence[Row], pre: PreProcess, tokenizer: Tokenizer, seed: int 
         pre: format, chat template, ``max_seq_len`` of each of the two texts, ``max_samples``.
         tokenizer: of the model to train.
         seed: unused; as ``blocks.build``.
+        places: numbers of the rows in the data, for messages.
 
     Raises:
         ConfigError: the rows are no preferences, or no pair has two different answers within ``max_seq_len``.
@@ -106,7 +115,11 @@ def build(rows: Sequence[Row], pre: PreProcess, tokenizer: Tokenizer, seed: int 
     for part in parts:
         texts = each(part.rows, lambda row, own=part.pre: render(own, row, tokenizer.chat))  # type: ignore[misc]
         made.append((part, encode(texts, part.pre, tokenizer)))
-    return _fitting(scatter(len(rows), made), pre)
+    named = []
+    for index, pair in enumerate(scatter(len(rows), made)):
+        name = name_of(rows[index], index if places is None else places[index])
+        named.append(replace(pair, rows=(f"{name}, chosen", f"{name}, rejected")))
+    return _fitting(named, pre)
 
 
 def _fitting(pairs: Sequence[Block], pre: PreProcess) -> Blocks:
@@ -122,7 +135,7 @@ def _fitting(pairs: Sequence[Block], pre: PreProcess) -> Blocks:
             same += 1
         else:
             long += cut.lengths != pair.lengths
-            kept.append(cut)
+            kept.append(replace(cut, rows=pair.rows))
     longest = max((max(pair.lengths) for pair in pairs), default=0)
     if not kept:
         raise _nothing(pairs, limit, longest, full)

@@ -6,30 +6,30 @@ Hub names, local dataset folders and remote files go through ``datasets``.
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
-import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from olive.config.workflow import DataConfig
 from olive.data import mixture
-from olive.data.slices import Slice, parse_split, take
+from olive.data.readers import READERS, opened
+from olive.data.slices import Slice, bounds, parse_split, take
 from olive.errors import ConfigError, EnvironmentFault, OliveError, UntrustedInput
 
 Row = dict[str, Any]
 
 
-def read(config: DataConfig, base_dir: Path) -> list[Row]:
+def read(config: DataConfig, base_dir: Path, first: int | None = None) -> list[Row]:
     """Every row of the config's split in file order, less what ``max_rows`` leaves out; the rows of a mix.
 
     Args:
         config: the data config.
         base_dir: folder that relative paths are looked up in.
+        first: give no more than so many; what is behind them need not be read.
 
     Raises:
         ConfigError: a file is missing or malformed, the split does not exist, or there are no rows.
@@ -37,25 +37,83 @@ def read(config: DataConfig, base_dir: Path) -> list[Row]:
         UntrustedInput: the dataset wants to run code.
     """
     if config.mix:
-        return list(_mix(config, base_dir))
+        return list[Row](_mix(config, base_dir))[:first]
+    if first is not None:
+        rows = list(islice(iterate(config, base_dir), first))
+        if not rows:
+            raise no_rows(config)
+        return rows
     found = files(config, base_dir)
     if found is None:
-        rows = _through_datasets(config, base_dir)
+        rows = [dict(row) for row in _through_datasets(config, base_dir)]
     else:
-        reader = _READERS[config.load_dataset_config.data_name]
         rows = []
-        for part in _parts(config):
-            if part.split not in found:
-                raise _unknown_split(config, part.split, found)
-            rows.extend(take([row for path in found[part.split] for row in reader(path)], part))
+        for part in _parts(config, found):
+            rows.extend(take(list(_file_rows(config, found[part.split])), part))
     if not rows:
-        raise ConfigError(
-            f"split {config.load_dataset_config.split!r} of data config {config.name!r} has no rows",
-            where=where(config),
-            fix="check `split` and the contents of `data_files`",
-        )
+        raise no_rows(config)
     limit = config.load_dataset_config.max_rows
     return rows if limit is None or limit >= len(rows) else mixture.choice(rows, limit, "max_rows")
+
+
+def iterate(config: DataConfig, base_dir: Path) -> Iterator[Row]:
+    """The rows that ``read`` gives, one at a time, and none when there are none; not those of a mix.
+
+    A slice by percentages and ``max_rows`` need the number of rows first: the files are read once more.
+
+    Raises:
+        ConfigError, EnvironmentFault, UntrustedInput: as ``read``.
+    """
+    limit = config.load_dataset_config.max_rows
+    if limit is None:
+        yield from _split_rows(config, base_dir)
+        return
+    count = sum(1 for _ in _split_rows(config, base_dir))
+    chosen = iter(range(count) if limit >= count else mixture.choice(range(count), limit, "max_rows"))
+    wanted = next(chosen, None)
+    for index, row in enumerate(_split_rows(config, base_dir)):
+        if index == wanted:
+            yield row
+            wanted = next(chosen, None)
+
+
+def count(config: DataConfig, base_dir: Path) -> int:
+    """Rows that ``iterate`` gives."""
+    if files(config, base_dir) is None:
+        found = len(_through_datasets(config, base_dir))
+        return min(found, config.load_dataset_config.max_rows or found)
+    return sum(1 for _ in iterate(config, base_dir))
+
+
+def _split_rows(config: DataConfig, base_dir: Path) -> Iterator[Row]:
+    found = files(config, base_dir)
+    if found is None:
+        yield from map(dict, _through_datasets(config, base_dir))
+        return
+    for part in _parts(config, found):
+        paths = found[part.split]
+        start, stop = bounds(part, partial(_count, config, paths))
+        yield from islice(_file_rows(config, paths), start, stop)
+
+
+def _count(config: DataConfig, paths: Iterable[Path]) -> int:
+    return sum(1 for _ in _file_rows(config, paths))
+
+
+def _file_rows(config: DataConfig, paths: Iterable[Path]) -> Iterator[Row]:
+    reader = READERS[config.load_dataset_config.data_name]
+    for path in paths:
+        with opened(path) as file:
+            yield from reader(path, file)
+
+
+def no_rows(config: DataConfig) -> ConfigError:
+    """What to say of a split without rows."""
+    return ConfigError(
+        f"split {config.load_dataset_config.split!r} of data config {config.name!r} has no rows",
+        where=where(config),
+        fix="check `split` and the contents of `data_files`",
+    )
 
 
 def members(config: DataConfig) -> tuple[DataConfig, ...]:
@@ -85,10 +143,13 @@ def _mix(config: DataConfig, base_dir: Path) -> list[mixture.MixedRow]:
         parts.append((tagged, part.weight))
     mixed = mixture.mixed(parts, config.pre_process_data_config.random_seed or 0)
     if not mixed:
-        raise ConfigError(
-            f"the mix {config.name!r} has no rows", where=where(config), fix="raise the weights"
-        )
+        raise empty_mix(config)
     return mixed
+
+
+def empty_mix(config: DataConfig) -> ConfigError:
+    """What to say of a mix of which every part gives nothing."""
+    return ConfigError(f"the mix {config.name!r} has no rows", where=where(config), fix="raise the weights")
 
 
 def columns(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -111,7 +172,7 @@ def is_local(config: DataConfig, base_dir: Path) -> bool:
 def folder(config: DataConfig, base_dir: Path) -> Path | None:
     """The local dataset folder the config names, or None."""
     load = config.load_dataset_config
-    if load.data_name in _READERS:
+    if load.data_name in READERS:
         return base_dir / load.data_dir if load.data_dir is not None else None
     path = base_dir / load.data_name
     return path if path.is_dir() else None
@@ -124,7 +185,7 @@ def files(config: DataConfig, base_dir: Path) -> dict[str, tuple[Path, ...]] | N
         ConfigError: a named file does not exist, or a file loader names no file.
     """
     load = config.load_dataset_config
-    if load.data_name not in _READERS:
+    if load.data_name not in READERS:
         return None
     if load.data_files is None:
         if load.data_dir is None:
@@ -168,7 +229,8 @@ def _expand(config: DataConfig, root: Path, name: str) -> list[Path]:
     )
 
 
-def _parts(config: DataConfig) -> tuple[Slice, ...]:
+def _parts(config: DataConfig, found: Mapping[str, Any]) -> tuple[Slice, ...]:
+    """The terms of the split, all of which are there."""
     parts = parse_split(config.load_dataset_config.split)
     if parts is None:
         raise ConfigError(
@@ -176,6 +238,9 @@ def _parts(config: DataConfig) -> tuple[Slice, ...]:
             where=where(config),
             fix="write a name, a slice such as train[:10%] or train[100:200], or several joined by +",
         )
+    for part in parts:
+        if part.split not in found:
+            raise _unknown_split(config, part.split, found)
     return parts
 
 
@@ -188,98 +253,8 @@ def _unknown_split(config: DataConfig, split: str, known: Iterable[str]) -> Conf
     )
 
 
-def _read_json(path: Path) -> Iterator[Row]:
-    text = _text(path)
-    if text.lstrip()[:1] == "[":
-        try:
-            items = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _malformed(path, getattr(error, "lineno", 1), getattr(error, "msg", str(error))) from error
-        for index, item in enumerate(items):
-            if not isinstance(item, dict):
-                raise ConfigError(f"{path}: item {index} of the array is not an object")
-            yield item
-        return
-    # Not splitlines(): it also breaks at U+2028, which JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _malformed(path, number, getattr(error, "msg", str(error))) from error
-        if not isinstance(item, dict):
-            raise _malformed(path, number, "not an object")
-        yield item
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    # The csv module refuses cells over 128 KiB unless told otherwise, process-wide.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                names = ", ".join(reader.fieldnames or ())
-                raise _malformed(
-                    path, reader.line_num, f"this row does not have the header's columns: {names}"
-                )
-            yield dict(row)
-    except csv.Error as error:
-        raise _malformed(path, reader.line_num, str(error)) from error
-
-
-def _read_text(path: Path) -> Iterator[Row]:
-    for line in _text(path).removesuffix("\n").split("\n"):
-        yield {"text": line.removesuffix("\r")}
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise EnvironmentFault(
-            "reading Parquet needs pyarrow", fix="pip install 'olive-next[cpu]'"
-        ) from error
-    try:
-        with parquet.ParquetFile(path) as source:
-            for batch in source.iter_batches():
-                yield from batch.to_pylist()
-    except arrow.ArrowException as error:
-        raise ConfigError(f"{path} is not a readable Parquet file: {error}") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
-            fix="save the file as UTF-8",
-        ) from error
-    except OSError as error:
-        raise EnvironmentFault(f"cannot read {path}: {error.strerror}") from error
-
-
-def _malformed(path: Path, line: int, message: str) -> ConfigError:
-    return ConfigError(
-        message,
-        where=f"{path}:{line}",
-        fix="JSON data is one array of objects, or one object a line" if path.suffix != ".csv" else None,
-    )
-
-
-_READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
-    "json": _read_json,
-    "jsonl": _read_json,
-    "csv": _read_csv,
-    "text": _read_text,
-    "parquet": _read_parquet,
-}
-
-
-def _through_datasets(config: DataConfig, base_dir: Path) -> list[Row]:
+def _through_datasets(config: DataConfig, base_dir: Path) -> Any:
+    """A dataset of the package datasets: its rows are mapped from the cache on disk, not held."""
     load = config.load_dataset_config
     try:
         import datasets
@@ -290,7 +265,7 @@ def _through_datasets(config: DataConfig, base_dir: Path) -> list[Row]:
             fix="pip install 'olive-next[cpu]'",
         ) from error
     local = folder(config, base_dir)
-    builder = load.data_name in _READERS
+    builder = load.data_name in READERS
     name = {"jsonl": "json"}.get(load.data_name, load.data_name)
     try:
         dataset = datasets.load_dataset(
@@ -311,7 +286,7 @@ def _through_datasets(config: DataConfig, base_dir: Path) -> list[Row]:
         raise _load_fault(config, local, error) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _load_fault(config, local, error) from error
-    return [dict(row) for row in dataset]
+    return dataset
 
 
 def _plain(value: Any) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-T = TypeVar("T")
+S = TypeVar("S", list[Any], range)
 _PART = re.compile(
     r"(?P<split>\w+(?:\.\w+)*)"
     r"(?:\[(?:(?P<start>-?\d+)(?P<start_pct>%)?)?:(?:(?P<stop>-?\d+)(?P<stop_pct>%)?)?\])?"
@@ -45,7 +46,17 @@ def parse_split(text: str) -> tuple[Slice, ...] | None:
     return tuple(found)
 
 
-def take(items: list[T], part: Slice) -> list[T]:
+def bounds(part: Slice, count: Callable[[], int]) -> tuple[int, int | None]:
+    """First row and the one behind the last that a slice selects; ``count`` is asked where it matters."""
+    start, stop = part.start, part.stop
+    if part.percent or min(start or 0, stop or 0) < 0:
+        total = count()
+        chosen = take(range(total), part)
+        return chosen.start, max(chosen.start, chosen.stop)
+    return start or 0, None if stop is None else max(stop, start or 0)
+
+
+def take(items: S, part: Slice) -> S:
     """The items the slice selects; percentages round to the closest item, as ``datasets`` does."""
 
     def index(value: int | None) -> int | None:

@@ -127,15 +127,15 @@ class LightTokenizer:
             ids = [self._end(self._begin(row, pre), pre) for row in whole]
             return [Encoded(row, list(row)) for row in ids]
         prompts = self._batch([text.prompt for text in texts])
-        completions = self._batch([text.completion for text in texts])
+        completions = self._continuations([text.completion for text in texts])
         return [self._join(*parts, pre) for parts in zip(texts, prompts, completions, strict=True)]
 
     def _join(self, text: Text, prompt: list[int], completion: list[int], pre: PreProcess) -> Encoded:
         if not text.prompt:
-            ids = self._end(self._begin(completion, pre), pre)
+            ids = self._end(self._begin(self.encode(text.completion), pre), pre)
             return Encoded(ids, list(ids))
         prompt = self._begin(prompt, pre)
-        completion = self._end(self._continue(text.completion, completion), pre)
+        completion = self._end(completion, pre)
         return Encoded(prompt + completion, [IGNORE] * len(prompt) + completion)
 
     def _spanned(self, texts: list[Text], pre: PreProcess) -> list[Encoded]:
@@ -163,11 +163,14 @@ class LightTokenizer:
     def _batch(self, texts: list[str]) -> list[list[int]]:
         return [list(one.ids) for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _continue(self, text: str, alone: list[int]) -> list[int]:
-        """Ids of ``text`` as a continuation: without the space some tokenizers put before every text."""
+    def _continuations(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts as continuations: without the space some tokenizers put before every text."""
         anchor = self.encode("\n")
-        joined = self.encode("\n" + text)
-        return joined[len(anchor) :] if joined[: len(anchor)] == anchor else alone
+        joined = self._batch(["\n" + text for text in texts])
+        return [
+            ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode(text)
+            for text, ids in zip(texts, joined, strict=True)
+        ]
 
     def _begin(self, ids: list[int], pre: PreProcess) -> list[int]:
         if pre.add_special_tokens and self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:

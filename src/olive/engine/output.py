@@ -11,6 +11,7 @@ from olive.store.materialise import refusal
 
 MODEL = "model"
 MARKER = "run.json"
+TRACKING = "tracking"  # of experiment trackers: there before a run ends, and nothing in it is ever replaced
 OURS = frozenset({MODEL, MARKER, "report.html", "README.md", "model_config.json"})
 
 
@@ -29,7 +30,7 @@ def check_output(folder: Path, cache: Path) -> Iterator[Problem]:
     for path in sorted(folder.iterdir()):
         in_cache = path == cache or cache.is_relative_to(path)
         temporary = path.name.startswith((".olive-", f".{MODEL}"))
-        if not (in_cache or temporary or (ran and path.name in OURS)):
+        if not (in_cache or temporary or path.name == TRACKING or (ran and path.name in OURS)):
             foreign.append(path.name)
     if foreign:
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")

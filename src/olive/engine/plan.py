@@ -243,6 +243,7 @@ def _previews(
                     eval_size=held_out,
                     seed=seed,
                     runtime=exported and not previews,
+                    memory=machine.memory_available,
                     pairs=config.name in paired,
                 )
             except OliveError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from olive.config.workflow import DataConfig
 from olive.data.prompts import prompts
-from olive.data.rows import read
+from olive.data.rows import Row, read
+from olive.data.size import sample
 from olive.data.template import render
 from olive.data.tokens import load
 from olive.engine.plan import Plan
@@ -35,6 +37,14 @@ def _data_name(plan: Plan) -> str | None:
     return None
 
 
+def _rows(plan: Plan, config: DataConfig) -> list[Row]:
+    """The rows; of data that is read as a stream, the first ones."""
+    shown = plan.previews.get(config.name)
+    if shown is not None and shown.streamed:
+        return sample(config, plan.base_dir).rows
+    return read(config, plan.base_dir)
+
+
 def sample_prompts(plan: Plan, count: int) -> list[list[int]]:
     """Token ids of ``count`` prompts."""
     assert plan.model is not None  # noqa: S101 - run() has checked it
@@ -44,8 +54,7 @@ def sample_prompts(plan: Plan, count: int) -> list[list[int]]:
     if name is None:
         return [tokenizer.encode(text, special=True) for text in _PLAIN][:count]
     config = plan.workflow.data_config(name)
-    rows = read(config, plan.base_dir)
-    return prompts(rows, config.pre_process_data_config, tokenizer, count)[0]
+    return prompts(_rows(plan, config), config.pre_process_data_config, tokenizer, count)[0]
 
 
 def rendered_sample(plan: Plan) -> tuple[dict[str, str] | None, str | None]:
@@ -57,7 +66,7 @@ def rendered_sample(plan: Plan) -> tuple[dict[str, str] | None, str | None]:
     pre = config.pre_process_data_config
     assert plan.model is not None  # noqa: S101 - run() has checked it
     chat = load((plan.model.base or plan.model).path).chat
-    text = render(pre, read(config, plan.base_dir)[0], chat)
+    text = render(pre, _rows(plan, config)[0], chat)
     template = pre.text_template
     if template is not None:
         template = template[: template.rfind("{")] if "{" in template else None

@@ -16,7 +16,7 @@ from olive.config.workflow import Evaluator, PassEntry
 from olive.data.rows import is_local
 from olive.engine.gates.compare import References
 from olive.engine.keys import data_names, evaluation_parts, step_parts
-from olive.engine.output import MODEL
+from olive.engine.output import MODEL, TRACKING
 from olive.engine.plan import Plan, accelerator_of, stored_artifact
 from olive.engine.prompts import rendered_sample, sample_prompts
 from olive.engine.result import Finding, GateResult, RunResult, StepResult
@@ -156,6 +156,7 @@ def _compute(
             target=target,
             out=staging.path,
             journal=journal.path,
+            tracking=plan.output_dir / TRACKING,
             processes=planned.processes,
             strategy=planned.strategy,
         )

@@ -99,7 +99,7 @@ class Session:
 
     def rows(self, metric: Metric) -> list[dict[str, Any]]:
         """The rows of the metric's data, at most its ``max_samples``."""
-        return data_rows.read(self.config(metric), self._base_dir)[: metric.max_samples]
+        return data_rows.read(self.config(metric), self._base_dir, metric.max_samples)
 
     def timing(self, metric: Metric) -> Timing:
         """Counted runs of one sequence; metrics with the same settings share them."""

@@ -26,6 +26,9 @@ TESTED: dict[str, str] = {
     "optuna": "5.0.0",
     "pydantic": "2.14.3",
     "torchmetrics": "1.9.0",
+    "tensorboard": "2.21.0",
+    "mlflow-skinny": "3.17.2",
+    "wandb": "0.31.0",
     "trl": "1.16.0",
 }
 

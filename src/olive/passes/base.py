@@ -83,6 +83,8 @@ class PassContext:
         journal: checkpoints of this very step; survives a kill.
         series, facts: curves and JSON facts kept with the result.
         attributes: attributes of the artifact made.
+        step: name of the step in the document.
+        tracking: folder for experiment trackers, in the output folder; made when one is asked for.
         place: among the processes that run the pass together.
     """
 
@@ -97,6 +99,8 @@ class PassContext:
     series: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
+    step: str = "run"
+    tracking: Path | None = None
     place: Place = Place()
 
 

@@ -211,7 +211,10 @@ def _preview(shown: Preview) -> list[str]:
     if not shown.rows:
         return labelled("rows", "known when the run reads them")
     about = "about " if shown.estimated else ""
-    lines = labelled("rows", f"{shown.rows:,} with columns {', '.join(shown.columns)}")
+    roughly = "about " if shown.streamed else ""
+    lines = labelled("rows", f"{roughly}{shown.rows:,} with columns {', '.join(shown.columns)}")
+    if shown.streamed:
+        lines += labelled("", "read as a stream; their tokens are kept on disk while training runs")
     if shown.max_rows:
         lines += labelled("", "a random choice of the data's rows: max_rows")
     for part in shown.parts:

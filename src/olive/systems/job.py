@@ -24,6 +24,7 @@ class Job(Frozen):
         accelerator, target: where it runs and what it makes the model for.
         out: empty staging folder.
         journal: folder of the step's checkpoints.
+        tracking: folder for experiment trackers.
         processes: how many processes run it together.
         strategy: how they share the model: ``ddp`` or ``fsdp``.
     """
@@ -38,6 +39,7 @@ class Job(Frozen):
     target: Accelerator
     out: Path
     journal: Path
+    tracking: Path | None = None
     processes: int = 1
     strategy: str = "ddp"
 

@@ -35,6 +35,8 @@ def context(job: Job, progress: Progress, place: Place | None = None) -> PassCon
         base_dir=job.base_dir,
         progress=progress,
         journal=Journal(job.journal),
+        step=job.step,
+        tracking=job.tracking,
         place=place,
     )
 

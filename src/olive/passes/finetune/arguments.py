@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from olive.errors import ConfigError
+from olive.passes.finetune.stopping import PATIENCE, THRESHOLD, Patience
 
 # Olive's defaults where they differ from transformers'
 _DEFAULTS: dict[str, Any] = {
@@ -14,7 +15,6 @@ _DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 1,
     "seed": 42,
     "data_seed": 42,
-    "report_to": "none",
 }
 _OURS = {
     "output_dir": "the run's own output folder is used",
@@ -56,13 +56,15 @@ def prepare(
                 notes.append(f"training_args.{name} is set aside: {_OURS[name]}")
             continue
         known[_OLD_NAMES.get(name, name)] = value
+    if Patience.of(known) is not None:
+        known.setdefault("load_best_model_at_end", True)
     if known.pop("group_by_length", None):
         known["train_sampling_strategy"] = "group_by_length"
     ratio = known.pop("warmup_ratio", None)
     if ratio and not known.get("warmup_steps"):
         known["warmup_steps"] = ratio
     if not has_eval:
-        names = ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end")
+        names = ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end", PATIENCE)
         asked = [name for name in names if known.pop(name, None) not in (None, "no", False)]
         notes += [f"training_args.{name} is set aside: there are no evaluation rows" for name in asked]
     known["save_strategy"] = _save_strategy(given)
@@ -74,6 +76,7 @@ def prepare(
         "remove_unused_columns": False,
         "use_cpu": device == "cpu",
         "use_cache": known.get("use_cache", False),
+        "report_to": "none",  # trackers are told our curve, see tracking.py
     }
     if device != "cpu" and dtype == "float16" and not known.get("bf16"):
         known["fp16"] = True
@@ -101,7 +104,7 @@ def timed_saves(given: Mapping[str, Any]) -> bool:
 
 
 def build(known: Mapping[str, Any]) -> Any:
-    """The ``TrainingArguments``.
+    """The ``TrainingArguments``. The best state is kept as it comes up, whenever checkpoints are written.
 
     Raises:
         ConfigError: a name or a value the installed transformers does not take.
@@ -113,14 +116,19 @@ def build(known: Mapping[str, Any]) -> Any:
 
     names = {field.name for field in fields(TrainingArguments) if field.init}
     kept = {name: value for name, value in known.items() if name in names}
-    missing = [name for name in known if name not in names and name not in ("use_cache",)]
+    missing = [name for name in known if name not in names and name not in ("use_cache", PATIENCE, THRESHOLD)]
     if missing:
         close = get_close_matches(missing[0], sorted(names), n=1)
         raise ConfigError(
             f"training_args has no {', '.join(missing)} in the installed transformers",
             fix=f"did you mean {close[0]}?" if close else "remove it",
         )
+    best = kept.pop("load_best_model_at_end", False)
+    if best:
+        kept.setdefault("metric_for_best_model", "eval_loss")
     try:
-        return TrainingArguments(**kept)
+        args = TrainingArguments(**kept)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training_args: {error}", fix="correct the value") from error
+    args.load_best_model_at_end = bool(best)
+    return args

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from olive.passes.finetune.loss import IGNORE
+
+_WORDS = 24  # tokens shown of a row
+_TOLD = 8  # rows named in a message
 
 
 class TokenBlock(Protocol):
@@ -17,6 +20,7 @@ class TokenBlock(Protocol):
         ids: token ids.
         labels: ids to learn, -100 where there is nothing to learn.
         lengths: tokens of each document in it.
+        rows: how messages name the row that each document begins with.
     """
 
     @property
@@ -31,18 +35,45 @@ class TokenBlock(Protocol):
     def lengths(self) -> Sequence[int]:
         """Tokens of each document."""
 
+    @property
+    def rows(self) -> Sequence[str]:
+        """Name of each document's row."""
+
 
 class Blocks(torch.utils.data.Dataset[Any]):
-    """A list of blocks as a dataset."""
+    """Blocks as a dataset.
 
-    def __init__(self, blocks: Sequence[TokenBlock]) -> None:
-        self.blocks = list(blocks)
+    Args:
+        blocks: the blocks.
+        decode: token ids to text, for messages.
+
+    Attributes:
+        sizes: tokens of each.
+    """
+
+    def __init__(
+        self, blocks: Sequence[TokenBlock], decode: Callable[[Sequence[int]], str] | None = None
+    ) -> None:
+        self.blocks, self.decode = blocks, decode
+        self.sizes: Sequence[int] = getattr(blocks, "sizes", None) or [len(block.ids) for block in blocks]
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> TokenBlock:
         return self.blocks[index]
+
+
+def told(blocks: Iterable[TokenBlock], decode: Callable[[Sequence[int]], str] | None) -> str:
+    """Which rows blocks are made of, for a message: their names and first words."""
+    said = []
+    for block in blocks:
+        start = 0
+        for length, row in zip(block.lengths, block.rows, strict=False):
+            words = decode(block.ids[start : start + min(length, _WORDS)]) if decode else ""
+            said.append(row + (f" ({' '.join(words.split())[:60]!r} ...)" if words else ""))
+            start += length
+    return ", ".join(said[:_TOLD]) + (f" and {len(said) - _TOLD} more" if len(said) > _TOLD else "")
 
 
 def targets(block: TokenBlock) -> list[int]:

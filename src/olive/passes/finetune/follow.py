@@ -111,14 +111,18 @@ class Follow(TrainerCallback):
             self.saved = now
         return control
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Put the evaluation into the curve."""
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> Any:
+        """Put the evaluation into the curve; say whether it is the one to stop at."""
         found = {name: float(value) for name, value in (metrics or {}).items() if name != "eval_runtime"}
         points = self.trainer.curve.points
         if points and points[-1]["step"] == state.global_step:
             points[-1] |= found
         else:
             points.append({"step": state.global_step, **found})
+        if self.trainer.curve.stopped:
+            self.trainer.progress.note(f"stopping early at step {state.global_step}")
+            control.should_save = control.should_training_stop = True
+        return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the bar."""

@@ -39,6 +39,7 @@ class Preference(LowRank[P]):
     """Base of the passes that train an adapter on pairs of a chosen and a rejected answer."""
 
     pairs = True
+    measured = ("loss", *(f"rewards/{name}" for name in _SHOWN))
     strategies = ("ddp",)  # the reference is the trained tensors of the start, put back for one pass
     has_reference: ClassVar[bool]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from olive.passes.finetune import batches
-from olive.passes.finetune.batches import Blocks, TokenBlock
+from olive.passes.finetune.batches import Blocks
 from olive.passes.finetune.fused import Factors
 from olive.passes.finetune.loss import IGNORE
 from olive.passes.finetune.preference_loss import Objective, Scores
@@ -34,18 +34,20 @@ class Pair:
 
     Attributes:
         index: among all pairs, those to evaluate on behind those to train on.
-        ids, labels, lengths: as of a block; the answers alone have labels.
+        ids, labels, lengths, rows: as of a block; the answers alone have labels.
     """
 
     index: int
     ids: Sequence[int]
     labels: Sequence[int]
     lengths: Sequence[int]
+    rows: Sequence[str] = ()
 
 
-def numbered(blocks: Sequence[TokenBlock], first: int) -> Blocks:
+def numbered(blocks: Blocks, first: int) -> Blocks:
     """Blocks as pairs that know their place, from ``first`` on."""
-    return Blocks([Pair(first + n, b.ids, b.labels, b.lengths) for n, b in enumerate(blocks)])
+    pairs = [Pair(first + n, b.ids, b.labels, b.lengths, b.rows) for n, b in enumerate(blocks.blocks)]
+    return Blocks(pairs, blocks.decode)
 
 
 def collate(pairs: Sequence[Pair], *, learns_chosen: bool) -> dict[str, Any]:
@@ -105,8 +107,8 @@ class PreferenceTrainer(PackedTrainer):
     ) -> None:
         self.objective = objective
         count = len(train)
-        held = None if held_out is None else numbered(held_out.blocks, count)
-        super().__init__(model, args, numbered(train.blocks, 0), held, **more)
+        held = None if held_out is None else numbered(held_out, count)
+        super().__init__(model, args, numbered(train, 0), held, **more)
         total = count + (0 if held is None else len(held))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.start = [p.detach().clone() for p in self.trained] if objective.has_reference else []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 
 from olive.hardware.probe import memory_available
 from olive.passes.base import PassContext
-from olive.passes.finetune import arguments, checkpoints, memory, parallel, patch
+from olive.passes.finetune import arguments, checkpoints, memory, parallel, patch, tracking
 from olive.passes.finetune.base_weights import QuantisedLinear
-from olive.passes.finetune.batches import Blocks, TokenBlock
+from olive.passes.finetune.batches import Blocks
 from olive.passes.finetune.head import install_loss
 from olive.passes.finetune.memory import Passes
 from olive.passes.finetune.parallel import World
-from olive.passes.finetune.trainer import Curve, PackedTrainer
+from olive.passes.finetune.stopping import Curve, Patience
+from olive.passes.finetune.trainer import PackedTrainer
+from olive.passes.finetune.training_data import TrainingData
 from olive.store.journal import Checkpoint
 
 
@@ -26,8 +29,7 @@ def train_blocks(
     given: Mapping[str, Any],
     ctx: PassContext,
     dtype: str,
-    train: list[TokenBlock],
-    held_out: list[TokenBlock],
+    data: TrainingData,
     make: Callable[..., PackedTrainer],
 ) -> tuple[Curve, int]:
     """Train, or go on from the newest checkpoint.
@@ -37,21 +39,19 @@ def train_blocks(
         given: ``training_args`` of the document.
         ctx: of the pass; gets facts.
         dtype: of the base.
-        train: rows to train on.
-        held_out: rows to evaluate on; may be none.
+        data: rows to train on, and to evaluate on, which may be none.
         make: what trains, called with the arguments of ``PackedTrainer``.
 
     Returns:
         The curve, and the number of optimizer steps.
     """
     device, world = ctx.accelerator.device, parallel.join(ctx.accelerator.device)
-    curve = Curve()
+    train, held_out = Blocks(data.train, data.decode), Blocks(data.held_out, data.decode)
+    curve = Curve(patience=Patience.of(given) if len(held_out) else None)
     with tempfile.TemporaryDirectory() as scratch:
         known, notes = arguments.prepare(
-            given, folder=Path(scratch), dtype=dtype, device=device, has_eval=bool(held_out)
+            given, folder=Path(scratch), dtype=dtype, device=device, has_eval=len(held_out) > 0
         )
-        if not world.first:
-            known["report_to"] = "none"
         for note in notes:
             ctx.progress.note(note)
         args = arguments.build(known)
@@ -68,8 +68,8 @@ def train_blocks(
         trainer = make(
             tuned,
             args,
-            Blocks(train),
-            Blocks(held_out) if held_out else None,
+            train,
+            held_out if len(held_out) else None,
             passes=passes,
             may_checkpoint=given.get("gradient_checkpointing") is not False,
             world=world,
@@ -78,7 +78,8 @@ def train_blocks(
             curve=curve,
             save_seconds=60.0 if arguments.timed_saves(given) else None,
         )
-        steps = trainer.run(checkpoint)
+        with _tracked(trainer, given, ctx):
+            steps = trainer.run(checkpoint)
         if args.load_best_model_at_end and trainer.best is not None:
             checkpoints.load_trained(tuned, trainer.best)
         if sharding:
@@ -89,8 +90,23 @@ def train_blocks(
     return curve, steps
 
 
+@contextmanager
+def _tracked(trainer: PackedTrainer, given: Mapping[str, Any], ctx: PassContext) -> Iterator[None]:
+    """Tell the trackers that the document asks for; one process does."""
+    names = tracking.asked(given) if trainer.world.first else []
+    run = f"{ctx.step}-{ctx.journal.path.name[:8]}"
+    with tracking.environment(names, ctx.tracking or ctx.base_dir / tracking.FOLDER, run):
+        if names:
+            from olive.passes.finetune.tracked import Tracking
+
+            trainer.args.run_name = trainer.args.run_name or run
+            every = max(1, int(given.get("logging_steps", 1)))
+            trainer.add_callback(Tracking(names, ctx.progress, trainer.curve.points, every))
+        yield
+
+
 def _passes(
-    tuned: Any, args: Any, given: Mapping[str, Any], ctx: PassContext, dtype: str, train: list[TokenBlock]
+    tuned: Any, args: Any, given: Mapping[str, Any], ctx: PassContext, dtype: str, train: Blocks
 ) -> Passes:
     """How a step is cut; the rows of a whole step become the batch that transformers sees."""
     device = ctx.accelerator.device
@@ -100,7 +116,7 @@ def _passes(
         width=2 if autocast else getattr(torch, dtype).itemsize,
         free=_free(device, ctx),
         trained=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
-        longest=max(len(block.ids) for block in train),
+        longest=max(train.sizes),
         device=device,
         fused=not autocast and ctx.facts["fused_layers"]["lora"] > 0,
         checkpointing=given.get("gradient_checkpointing"),
@@ -123,7 +139,9 @@ def _free(device: str, ctx: PassContext) -> int:
     if device == "cpu":
         return memory_available() // ctx.place.local_size
     torch.cuda.empty_cache()
-    return int(torch.cuda.mem_get_info()[0])
+    free, total = torch.cuda.mem_get_info()
+    allowed = int(torch.cuda.get_per_process_memory_fraction() * total) - torch.cuda.memory_reserved()
+    return min(free, allowed)
 
 
 def _newest(ctx: PassContext, world: World) -> Checkpoint | None:

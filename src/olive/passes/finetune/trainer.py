@@ -10,7 +10,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,17 @@ from transformers import PrinterCallback, Trainer
 from olive.errors import OutOfMemory, PassFailed
 from olive.passes.base import Progress
 from olive.passes.finetune import checkpoints
-from olive.passes.finetune.batches import Blocks, Order, TokenBlock, collate, labelled
+from olive.passes.finetune.batches import Blocks, Order, TokenBlock, collate, labelled, told
 from olive.passes.finetune.cuts import cut, share
 from olive.passes.finetune.follow import Follow, stopping_after_the_step
 from olive.passes.finetune.loss import IGNORE
 from olive.passes.finetune.memory import Passes
 from olive.passes.finetune.parallel import World, is_sharded
 from olive.passes.finetune.patch import compute_twice
+from olive.passes.finetune.stopping import Curve
 from olive.store.journal import Checkpoint, Journal
 
-
-@dataclass(slots=True)
-class Curve:
-    """What a training run reports; survives a kill with the checkpoint."""
-
-    points: list[dict[str, float]] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
+_AT_ONCE = 256  # rows to evaluate on that are in memory together
 
 
 class PackedTrainer(Trainer):
@@ -89,6 +83,7 @@ class PackedTrainer(Trainer):
         self.sharded = any(is_sharded(p) for p in model.parameters())
         self.best: dict[str, torch.Tensor] | None = None
         self.losses: list[torch.Tensor] = []
+        self.rows: list[TokenBlock] = []
         self.step_tokens = 0
         self.stop: int | None = None
         self.said = ""
@@ -101,7 +96,7 @@ class PackedTrainer(Trainer):
         strategy = getattr(self.args, "train_sampling_strategy", "random")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         rows = self.args.per_device_train_batch_size
-        return Order([len(block.ids) for block in data.blocks], strategy, seed, rows)
+        return Order(data.sizes, strategy, seed, rows)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int:
         return sum(labelled(block) for batch in batch_samples for block in batch)
@@ -129,6 +124,7 @@ class PackedTrainer(Trainer):
             inputs: the rows of the step.
             num_items_in_batch: labels in them.
         """
+        self.rows = inputs
         self.step_tokens += sum(len(block.ids) for block in inputs)
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
@@ -218,12 +214,19 @@ class PackedTrainer(Trainer):
         whole = float(self.world.total(torch.tensor(sum(values), dtype=torch.float64)))
         if not math.isfinite(whole):
             bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
-            among = f", forward pass {bad + 1} of {len(values)}" if bad is not None and values[1:] else ""
             raise PassFailed(
-                f"the loss became {whole} in step {self.state.global_step}{among}",
-                fix="Lower learning_rate, or train in float32.",
+                f"the loss became {whole} in step {self.state.global_step}{self._among(bad, len(values))}",
+                fix="Lower learning_rate, or train in float32; look at the rows where it comes back.",
             )
         return whole
+
+    def _among(self, bad: int | None, passes: int) -> str:
+        """Which forward pass and rows of the step a message is about; nothing where they are another's."""
+        if bad is None:
+            return ""
+        part = share([len(row.ids) for row in self.rows], self.world.size)[self.world.rank]
+        rows = told(self._cut(self.rows, part)[bad], self.train_dataset.decode)
+        return (f", forward pass {bad + 1} of {passes}" if passes > 1 else "") + f", on {rows}"
 
     def figures(self) -> dict[str, float]:
         """What else is known of the forward passes since it was last asked, by name; asking forgets them.
@@ -249,12 +252,14 @@ class PackedTrainer(Trainer):
         blocks = (self.eval_dataset if eval_dataset is None else eval_dataset).blocks
         sums, began = torch.zeros(2, dtype=torch.float64), time.perf_counter()
         self.model.eval()
-        for batch in self._passes(blocks):
-            inputs = self._prepare_inputs(batch)
-            labels = int((inputs["labels"] != IGNORE).sum())
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = float(self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=1))
-            sums += torch.tensor([loss, labels], dtype=torch.float64)
+        for start in range(0, len(blocks), _AT_ONCE):
+            rows = [blocks[row] for row in range(start, min(start + _AT_ONCE, len(blocks)))]
+            for batch in self._passes(rows):
+                inputs = self._prepare_inputs(batch)
+                labels = int((inputs["labels"] != IGNORE).sum())
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    loss = float(self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=1))
+                sums += torch.tensor([loss, labels], dtype=torch.float64)
         self.model.train()
         total, count = self.world.total(sums).tolist()
         found = {"loss": total / max(1, count)} | self.figures()
@@ -276,7 +281,7 @@ class PackedTrainer(Trainer):
             "points": self.curve.points,
             "tokens": self.curve.tokens,
             "seconds": self.curve.seconds,
-            "done": self.state.global_step >= self.state.max_steps,
+            "done": self.curve.stopped or self.state.global_step >= self.state.max_steps,
         }
         write = self.checkpoint()
         if self.world.first:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from pydantic import Field
 
 from olive.config.base import Dtype, PassParams
-from olive.config.workflow import Accelerator, DataConfig, Devices
+from olive.config.workflow import Accelerator, Devices
 from olive.data.plan import Preview
 from olive.errors import ConfigError, PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
@@ -20,7 +20,7 @@ from olive.models import seen
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.seen import Seen
 from olive.passes.base import Cost, Pass, PassContext
-from olive.passes.finetune import arguments
+from olive.passes.finetune import arguments, stopping, tracking, training_data
 from olive.passes.finetune.memory import MOST_TOKENS, token_bytes
 from olive.passes.finetune.targets import adapted, check_targets, targets
 
@@ -61,7 +61,9 @@ class TuningParams(PassParams):
         None, ge=0, description="Rows split off for evaluation: below 1 a share, from 1 on a number."
     )
     training_args: dict[str, Any] = Field(
-        default_factory=dict, description="Any field of transformers' TrainingArguments."
+        default_factory=dict,
+        description="Any field of transformers' TrainingArguments, and early_stopping_patience and "
+        "early_stopping_threshold.",
     )
 
     def placement(self, modules: list[str] | str) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class Tuning(Pass[P]):
     libraries = ("torch", "transformers", "peft", "accelerate", "safetensors")
     hardware = ("device", "training_dtype")
     needs_targets: ClassVar[bool] = True
+    measured: ClassVar[tuple[str, ...]] = ("loss",)  # by an evaluation in training
 
     def check(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
@@ -111,6 +114,9 @@ class Tuning(Pass[P]):
                 fix="remove one of them",
                 severity=Severity.WARNING,
             )
+        has_eval = bool(params.eval_data_config or params.eval_dataset_size)
+        yield from stopping.check(params.training_args, has_eval, self.measured)
+        yield from tracking.check(params.training_args)
         for flag in ("bf16", "fp16"):
             if params.training_args.get(flag) and accelerator.device == "cpu" and native == "float32":
                 yield Problem(
@@ -129,7 +135,7 @@ class Tuning(Pass[P]):
         activations = at_once * token_bytes(model.config, width, checkpointing=twice)
         return Cost(
             memory=(800 << 20) + base + trained * 16 + activations,
-            disk=trained * 4 + 2 * trained * 12,
+            disk=trained * 4 + 2 * trained * 12 + 4 * sum(d.tokens for d in data.values() if d.streamed),
             seconds=_seconds(model, params, matrix_rate(machine, dtype), trained, train),
         )
 
@@ -155,11 +161,11 @@ class Tuning(Pass[P]):
         from olive.passes.finetune.run import train_blocks
 
         began = time.perf_counter()
-        train, held_out = _blocks(model, params, ctx, pairs=self.pairs)
+        data = training_data.load(model, params, ctx, pairs=self.pairs)
         dtype = self.dtype_of(params, ctx)
         tuned = self.prepare(model, params, dtype, ctx)
         given = self.arguments(params, ctx)
-        curve, steps = train_blocks(tuned, given, ctx, dtype, train, held_out, self.trainer(params))
+        curve, steps = train_blocks(tuned, given, ctx, dtype, data, self.trainer(params))
         if ctx.place.rank == 0:
             self.save(tuned, model, params, ctx)
         ctx.series["loss"] = curve.points
@@ -167,14 +173,20 @@ class Tuning(Pass[P]):
             "method": type(self).__name__,
             "dtype": dtype,
             "trainable_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
-            "blocks": len(train),
-            "eval_blocks": len(held_out),
+            "blocks": len(data.train),
+            "eval_blocks": len(data.held_out),
             "steps": steps,
             "tokens": curve.tokens,
             "training_seconds": round(curve.seconds, 3),
             "seconds": round(time.perf_counter() - began, 3),
             "tokens_per_second": round(curve.tokens / curve.seconds, 1) if curve.seconds else 0.0,
         }
+        metric, greater = stopping.watched(given)
+        best = stopping.best_point(curve.points, metric, greater)
+        if best is not None:
+            ctx.facts |= {"best_step": best["step"], f"best_{metric}": best[metric]}
+        if curve.stopped:
+            ctx.facts["stopped_early"] = True
         ctx.attributes["dtype"] = dtype
 
     def dtype_of(self, params: P, ctx: PassContext) -> Dtype:
@@ -293,42 +305,3 @@ def _seconds(
     labelled = train.trained_tokens / max(1, train.tokens)
     tokens = seen * train.tokens / train.blocks
     return 8 + tokens * 4 * (inner + labelled * head) / (_USUAL_SHARE * rate)
-
-
-def _data(ctx: PassContext, name: str) -> DataConfig:
-    if name not in ctx.data:
-        raise ConfigError(
-            f"there is no data config called {name!r}", fix=f"there are: {', '.join(ctx.data) or 'none'}"
-        )
-    return ctx.data[name]
-
-
-def _blocks(
-    model: Artifact, params: TuningParams, ctx: PassContext, *, pairs: bool
-) -> tuple[list[Any], list[Any]]:
-    """Blocks to train on, and blocks to evaluate on; of ``pairs``, each block is one."""
-    from olive.data import blocks, preference, rows, split, tokens
-
-    build = preference.build if pairs else blocks.build
-    build_held_out = preference.build if pairs else blocks.build_held_out
-    tokenizer = tokens.load(model.path if model.base is None else model.base.path)
-    seed = split.split_seed(params.training_args)
-    config = _data(ctx, params.train_data_config)
-    pre = config.pre_process_data_config
-    train = rows.read(config, ctx.base_dir)
-    held_out, held_pre = [], pre
-    if params.eval_data_config:
-        other = _data(ctx, params.eval_data_config)
-        held_out, held_pre = rows.read(other, ctx.base_dir), other.pre_process_data_config
-    elif params.eval_dataset_size:
-        train, held_out = split.split_rows(train, params.eval_dataset_size, seed, pre)
-    made = build(train, pre, tokenizer, seed)
-    for note in made.notes:
-        ctx.progress.note(str(note))
-    ctx.facts |= {"rows": made.rows, "block_tokens": made.tokens, "label_tokens": made.trained_tokens}
-    if not made.trained_tokens:
-        raise ConfigError(
-            f"none of the {made.tokens} tokens in {len(made)} blocks has a label: nothing would be learnt",
-            fix="check train_on and the template's last field, or raise max_seq_len",
-        )
-    return list(made), list(build_held_out(held_out, held_pre, tokenizer, seed)) if held_out else []
