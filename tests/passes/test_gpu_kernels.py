@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from olive.passes.finetune import attention, fused
 from olive.passes.finetune.base_weights import QuantisedLinear
 from olive.quantization.blockwise import Scheme, dequantise, quantise
+from tiny import tiny_phi3
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 TOLERANCE = 4e-3  # of the norm: a rounding to bfloat16 is 2^-9 of each number
@@ -116,3 +120,43 @@ def test_low_rank_gradients_are_summed_in_float32() -> None:
         found.append([out.detach(), *into])
     for got, wanted in zip(*found, strict=True):
         assert off(got, wanted) < 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+def test_a_layer_computed_twice_gives_the_gradients_of_one_that_is_not(tmp_path: Path, drop: float) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from olive.models.hf import load_model
+    from olive.passes.finetune import decoder, patch
+
+    base = load_model(
+        tiny_phi3(tmp_path / "base"), dtype="bfloat16", attn_implementation=attention.register()
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(
+        base.to("cuda"),
+        LoraConfig(r=4, lora_dropout=drop, target_modules="all-linear", init_lora_weights=False),
+    ).train()
+    assert patch.patch(model)["decoder"] == 2
+    ids = torch.randint(5, 200, (1, 90), device="cuda")
+    places = torch.cat([torch.arange(40), torch.arange(50)])[None].cuda()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(7)
+        out = model(input_ids=ids, position_ids=places, document_lengths=(40, 50), use_cache=False).logits
+        out.float().square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    plain = gradients()
+    patch.compute_twice(model)
+    twice = gradients()
+    patch.compute_twice(model, offload=True)
+    causal = model.get_base_model()
+    table = causal.get_input_embeddings().weight.clone()
+    causal.set_input_embeddings(decoder.HostEmbedding(table, table.device))
+    waiting = gradients()
+    # the same masks, drawn from the layer's own seed
+    assert all(torch.equal(a, b) for a, b in zip(twice, waiting, strict=True))
+    if not drop:
+        assert all(off(a, b.cpu()) < TOLERANCE for a, b in zip(twice, plain, strict=True))

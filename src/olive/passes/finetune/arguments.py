@@ -15,6 +15,7 @@ _DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 1,
     "seed": 42,
     "data_seed": 42,
+    "logging_nan_inf_filter": False,  # it asks a GPU for every loss at once
 }
 _OURS = {
     "output_dir": "the run's own output folder is used",

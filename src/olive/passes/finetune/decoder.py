@@ -23,26 +23,31 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...]]
 class Twice(torch.autograd.Function):
     """``run(x)``, computed again in the backward; gradients of parameters are added up where they are.
 
-    ``anchor`` is a scalar that asks for a gradient: the input of the first layer asks for none.
+    ``anchor`` is a scalar that asks for a gradient: the input of the first layer asks for none. ``host`` is
+    where the input waits, where a GPU's memory is short.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, run: Map, seed: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, anchor: torch.Tensor, run: Map, seed: int, host: torch.Tensor | None
+    ) -> torch.Tensor:
         """Autograd's forward."""
-        ctx.save_for_backward(x)
-        ctx.run, ctx.seed = run, seed
+        ctx.run, ctx.seed, ctx.device = run, seed, x.device
+        # copies to the host and back are in the stream's order: what is overwritten has been read
+        ctx.save_for_backward(x if host is None else host.copy_(x, non_blocking=True))
         with fused.masks_from(seed, x.device):
             return run(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         """Autograd's backward."""
-        (x,) = ctx.saved_tensors
+        (kept,) = ctx.saved_tensors
+        x = kept.to(ctx.device, non_blocking=True)
         again = x.detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad(), fused.masks_from(ctx.seed, x.device):
             out = ctx.run(again)
         torch.autograd.backward(out, grads[0])
-        return again.grad, None, None, None
+        return again.grad, None, None, None, None
 
 
 def attention_of(module: Any, direct: Callable[[nn.Module], Map]) -> Attention:
@@ -107,6 +112,54 @@ def layer_of(module: Any, norms: tuple[Map, Map], attend: Attention, feed: Map) 
         if not (self.__dict__["_olive_twice"] and self.training and torch.is_grad_enabled()):
             return run(hidden_states)
         anchor = torch.zeros((), device=hidden_states.device, requires_grad=True)
-        return Twice.apply(hidden_states, anchor, run, int(torch.randint(1 << 62, ())))
+        host = _host(self, hidden_states) if self.__dict__["_olive_twice"] == "host" else None
+        return Twice.apply(hidden_states, anchor, run, int(torch.randint(1 << 62, ())), host)
 
     return forward
+
+
+def _host(module: Any, like: torch.Tensor) -> torch.Tensor:
+    """Page-locked memory of a layer, in the shape of ``like``."""
+    held = module.__dict__.get("_olive_host")
+    if held is None or held.numel() < like.numel():
+        held = torch.empty(like.numel(), dtype=like.dtype, pin_memory=True)
+        module.__dict__["_olive_host"] = held
+    return held[: like.numel()].view(like.shape)
+
+
+class HostEmbedding(nn.Module):
+    """A frozen embedding that stays in the host's memory; its rows go to the device.
+
+    Args:
+        table: (vocabulary, hidden size).
+        device: where the rows go.
+    """
+
+    def __init__(self, table: torch.Tensor, device: torch.device) -> None:
+        super().__init__()
+        # no parameter: it must not follow the model
+        self.table, self.device = table.detach().cpu(), device
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of ``ids``, best on the CPU, in the shape of ids + (hidden size,)."""
+        rows = self.table.index_select(0, ids.cpu().flatten()).view(*ids.shape, -1)
+        return rows.pin_memory().to(self.device, non_blocking=True)
+
+
+def embedding_to_host(causal: Any) -> bool:
+    """Keep the embedding in the host's memory; False where it is trained or is the head too."""
+    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    if not embedding_may_wait(embedding, head):
+        return False
+    causal.set_input_embeddings(HostEmbedding(embedding.weight, embedding.weight.device))
+    return True
+
+
+def embedding_may_wait(embedding: Any, head: Any) -> bool:
+    """Whether an embedding is frozen and no other layer's weight."""
+    return (
+        type(embedding) is nn.Embedding
+        and embedding.weight.is_cuda
+        and not embedding.weight.requires_grad
+        and (head is None or head.weight is not embedding.weight)
+    )

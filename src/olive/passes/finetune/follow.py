@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -49,13 +50,27 @@ def stopping_after_the_step(trainer: PackedTrainer) -> Iterator[None]:
         signal.raise_signal(trainer.stop)
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step whose loss may not be known yet: its number, losses, rows, tokens, start and learning rate."""
+
+    number: int
+    losses: list[Any]
+    rows: Any
+    tokens: int
+    began: float
+    rate: float
+
+
 class Follow(TrainerCallback):
     """Progress, the curve, and saving by the clock."""
 
     def __init__(self, trainer: PackedTrainer, save_seconds: float | None) -> None:
         self.trainer, self.save_seconds = trainer, save_seconds
-        self.began = self.saved = time.perf_counter()
+        self.began = self.saved = self.read = time.perf_counter()
         self.rate = 0.0
+        self.at_once = False
+        self.waiting: list[_Step] = []
         self.start: dict[str, float] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -80,22 +95,14 @@ class Follow(TrainerCallback):
         """Put the step into the curve; say whether to save or to stop."""
         Factors.generation += 1
         trainer = self.trainer
-        step_loss, now = trainer.read_losses(), time.perf_counter()
-        speed = trainer.step_tokens / max(now - self.began, 1e-9)
-        trainer.curve.tokens += trainer.step_tokens
-        trainer.curve.seconds += now - self.began
-        trainer.curve.points.append(
-            {
-                "step": state.global_step,
-                "loss": step_loss,
-                "tokens_per_second": speed,
-                "learning_rate": self.rate,
-                **{name: value for name, value in trainer.figures().items() if name != "loss"},
-            }
+        self.waiting.append(
+            _Step(state.global_step, trainer.losses, trainer.rows, trainer.step_tokens, self.began, self.rate)
         )
-        trainer.progress.update(
-            state.global_step, loss=round(step_loss, 4), tokens_per_second=round(speed, 1)
-        )
+        trainer.losses = []
+        # a GPU is given the next step before the loss of this one is asked for
+        ahead = trainer.args.device.type == "cuda" and trainer.world.size == 1 and not self.at_once
+        self.catch_up(leaving=1 if ahead and trainer.runs_ahead else 0)
+        now = time.perf_counter()
         due = self.save_seconds is not None and (
             state.global_step >= state.max_steps or now - self.saved >= self.save_seconds
         )
@@ -110,6 +117,33 @@ class Follow(TrainerCallback):
             control.should_save = True
             self.saved = now
         return control
+
+    def catch_up(self, leaving: int = 0) -> None:
+        """Put the steps that wait into the curve, but for the last ``leaving``.
+
+        Raises:
+            PassFailed: a loss is no number.
+        """
+        trainer = self.trainer
+        while len(self.waiting) > leaving:
+            step = self.waiting.pop(0)
+            loss, now = trainer.read_losses(step.losses, step.number, step.rows), time.perf_counter()
+            seconds = max(now - max(step.began, self.read), 1e-9)
+            self.read = now
+            speed = step.tokens / seconds
+            trainer.curve.tokens += step.tokens
+            trainer.curve.seconds += seconds
+            figures = {name: value for name, value in trainer.figures().items() if name != "loss"}
+            trainer.curve.points.append(
+                {
+                    "step": step.number,
+                    "loss": loss,
+                    "tokens_per_second": speed,
+                    "learning_rate": step.rate,
+                    **figures,
+                }
+            )
+            trainer.progress.update(step.number, loss=round(loss, 4), tokens_per_second=round(speed, 1))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> Any:
         """Put the evaluation into the curve; say whether it is the one to stop at."""
@@ -126,4 +160,5 @@ class Follow(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the bar."""
+        self.catch_up()
         self.trainer.progress.finish()

@@ -30,16 +30,18 @@ def install_loss(causal: Any) -> bool:
         wanted = kwargs.pop("olive_loss", False)
         if not wanted:
             return plain(*args, **kwargs)
-        labels, smoothing = kwargs.pop("labels"), kwargs.pop("label_smoothing", 0.0)
+        labels, smoothing = kwargs.pop("labels").flatten(), kwargs.pop("label_smoothing", 0.0)
+        keep = kwargs.pop("kept", None)
         if fused:
             hidden = causal.base_model(*args, use_cache=False, **kwargs)[0]
             losses = linear_cross_entropy(
-                hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, smoothing=smoothing
+                hidden.flatten(0, 1), head.weight, labels, bias=head.bias, smoothing=smoothing, keep=keep
             )
         else:
-            keep = (labels.flatten() != IGNORE).nonzero().squeeze(1)
+            if keep is None:
+                keep = (labels != IGNORE).nonzero().squeeze(1)
             logits = plain(*args, use_cache=False, logits_to_keep=keep, **kwargs).logits
-            losses = reference_loss(logits.flatten(0, 1), labels.flatten()[keep], smoothing)
+            losses = reference_loss(logits.flatten(0, 1), labels[keep], smoothing)
         return CausalLMOutput(loss=losses if wanted == "tokens" else losses.sum())
 
     causal.forward = forward

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 IGNORE = -100
-_BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+_BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 _ROWS = 4096
 
 
@@ -95,6 +95,7 @@ def linear_cross_entropy(
     *,
     bias: torch.Tensor | None = None,
     smoothing: float = 0.0,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The cross entropy of each row that has a label.
 
@@ -104,14 +105,21 @@ def linear_cross_entropy(
         labels: (tokens,) the token that follows each row; -100 where there is nothing to learn.
         bias: (vocabulary,), frozen.
         smoothing: label smoothing, as in Szegedy et al. 2016 (arXiv:1512.00567).
+        keep: numbers of the rows with a label, where they are known: looking would wait for a GPU.
 
     Returns:
         float32 (rows with a label,), in nat, in order. Differentiable once with respect to ``hidden``.
     """
-    keep = (labels != IGNORE).nonzero().squeeze(1)
+    if keep is None:
+        keep = (labels != IGNORE).nonzero().squeeze(1)
     if keep.numel() < labels.numel():
         hidden, labels = hidden.index_select(0, keep), labels.index_select(0, keep)
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, smoothing)
+
+
+def use_small_blocks(size: int) -> None:
+    """Let blocks of logits on a GPU take ``size`` bytes from now on."""
+    _BLOCK_BYTES["cuda"] = size
 
 
 def head_is_plain(head: Any) -> bool:

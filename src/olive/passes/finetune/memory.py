@@ -14,7 +14,9 @@ from typing import Any
 MOST_TOKENS = {"cpu": 1024, "gpu": 8192}
 _SHARE = 0.9  # of the free memory that is planned with: the rest is fragments and what libraries take
 _PLAIN = 1.8  # autograd's own graphs keep this many times what ``fused`` keeps
-_HEAD = {"cpu": 64 << 20, "gpu": 1536 << 20}  # blocks of logits and what the head keeps beside them
+_HEAD = {"cpu": 64 << 20, "gpu": 1024 << 20}  # blocks of logits and what the head keeps beside them
+_SMALL_HEAD = 384 << 20  # with small blocks
+SMALL_BLOCK = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,22 @@ class Passes:
     Attributes:
         tokens: of one forward pass at most; a longer row has its own.
         checkpointing: whether layers compute their activations twice.
+        offload: whether the layers' inputs and the embedding wait in the host's memory.
     """
 
     tokens: int
     checkpointing: bool
+    offload: bool = False
 
 
-def token_bytes(config: Mapping[str, Any], width: int, *, checkpointing: bool, fused: bool = True) -> int:
+def token_bytes(
+    config: Mapping[str, Any],
+    width: int,
+    *,
+    checkpointing: bool,
+    fused: bool = True,
+    offload: bool = False,
+) -> int:
     """Bytes that the backward of one token needs.
 
     Args:
@@ -38,6 +49,7 @@ def token_bytes(config: Mapping[str, Any], width: int, *, checkpointing: bool, f
         width: bytes of a number.
         checkpointing: whether activations are computed twice.
         fused: whether the layers are those of ``olive.passes.finetune.fused``.
+        offload: whether the layers' inputs wait in the host's memory.
     """
     hidden = int(config.get("hidden_size") or 1024)
     layers = int(config.get("num_hidden_layers") or 24)
@@ -47,6 +59,8 @@ def token_bytes(config: Mapping[str, Any], width: int, *, checkpointing: bool, f
     keys = int(config.get("num_key_value_heads") or heads)
     layer = (4 * hidden + 2 * heads * size + 2 * keys * size + 3 * inner) * width
     layer = int(layer * (1 if fused else _PLAIN))
+    if offload:
+        return 2 * layer + hidden * width
     if checkpointing:
         return layers * hidden * width + 2 * layer
     return layers * layer
@@ -62,10 +76,12 @@ def choose(
     device: str,
     fused: bool = True,
     checkpointing: bool | None = None,
+    embedding: int = 0,
 ) -> Passes:
     """Tokens of a forward pass, and whether to checkpoint activations, by what is free.
 
-    Checkpointing costs a third more work, so it is chosen only where the longest row would not fit otherwise.
+    Checkpointing costs a third more work, so it is chosen only where the longest row would not fit otherwise;
+    where it does not fit then either, what waits is kept in the host's memory.
 
     Args:
         config: of the model.
@@ -76,6 +92,7 @@ def choose(
         device: ``cpu`` or ``gpu``.
         fused: whether the layers keep no more than they need.
         checkpointing: what the document says; None to choose.
+        embedding: bytes of an embedding that could wait in the host's memory.
     """
     most = MOST_TOKENS["cpu" if device == "cpu" else "gpu"]
     left = int(free * _SHARE) - 16 * trained - _HEAD["cpu" if device == "cpu" else "gpu"]
@@ -84,4 +101,8 @@ def choose(
         for twice in (False, True)
     }
     twice = fit[False] < longest if checkpointing is None else checkpointing
+    if twice and device != "cpu" and fused and fit[True] < longest:
+        left += embedding + _HEAD["gpu"] - _SMALL_HEAD
+        fits = left // token_bytes(config, width, checkpointing=True, offload=True)
+        return Passes(max(1, min(most, fits)), True, True)
     return Passes(max(1, min(most, fit[twice])), twice)

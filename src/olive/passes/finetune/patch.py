@@ -34,11 +34,11 @@ def patch(model: nn.Module) -> dict[str, int]:
     return done
 
 
-def compute_twice(model: Any) -> None:
-    """Let decoder layers keep their input alone and compute the rest again in the backward."""
+def compute_twice(model: Any, *, offload: bool = False) -> None:
+    """Let decoder layers keep their input alone, perhaps on the host, and compute the rest twice."""
     layers = [module for module in model.modules() if "_olive_twice" in module.__dict__]
     for layer in layers:
-        layer.__dict__["_olive_twice"] = True
+        layer.__dict__["_olive_twice"] = "host" if offload else "here"
     if not layers:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -48,7 +48,8 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         if "_olive_patched" in module.__dict__:
             del module.__dict__["forward"], module.__dict__["_olive_patched"]
-            module.__dict__.pop("_olive_twice", None)
+            for name in ("_olive_twice", "_olive_host"):
+                module.__dict__.pop(name, None)
 
 
 def _install(module: nn.Module, replacement: Callable[..., Any]) -> None:
@@ -126,7 +127,7 @@ def _decoder(module: Any) -> Callable[..., Any] | None:
         return None
     if getattr(module.self_attn.config, "resid_pdrop", None):
         return None
-    module.__dict__["_olive_twice"] = False
+    module.__dict__["_olive_twice"] = ""
     norms = (_direct(module.input_layernorm), _direct(module.post_attention_layernorm))
     attend = decoder.attention_of(module.self_attn, _direct)
     return decoder.layer_of(module, norms, attend, decoder.mlp_of(module.mlp, _direct))

@@ -117,6 +117,8 @@ class PreferenceTrainer(PackedTrainer):
         self.chosen_tokens = 1
         self.sums: list[dict[str, torch.Tensor | int]] = []
 
+    runs_ahead = False  # its figures are those of the passes since they were last asked for
+
     def collate(self, pairs: Sequence[Pair]) -> dict[str, Any]:  # type: ignore[override]
         """Pairs as one packed row."""
         return collate(pairs, learns_chosen=self.objective.learns_chosen)

@@ -12,11 +12,12 @@ import torch
 
 from olive.hardware.probe import memory_available
 from olive.passes.base import PassContext
-from olive.passes.finetune import arguments, checkpoints, memory, parallel, patch, tracking
+from olive.passes.finetune import arguments, checkpoints, decoder, memory, parallel, patch, tracking
 from olive.passes.finetune.base_weights import QuantisedLinear
 from olive.passes.finetune.batches import Blocks
 from olive.passes.finetune.head import install_loss
-from olive.passes.finetune.memory import Passes
+from olive.passes.finetune.loss import use_small_blocks
+from olive.passes.finetune.memory import SMALL_BLOCK, Passes
 from olive.passes.finetune.parallel import World
 from olive.passes.finetune.stopping import Curve, Patience
 from olive.passes.finetune.trainer import PackedTrainer
@@ -55,10 +56,12 @@ def train_blocks(
         for note in notes:
             ctx.progress.note(note)
         args = arguments.build(known)
-        causal = tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned
+        causal = causal_of(tuned)
         ctx.facts["fused_head"] = install_loss(causal)
         ctx.facts["fused_layers"] = patch.patch(tuned)
         passes = _passes(tuned, args, given, ctx, dtype, train)
+        if passes.offload:
+            ctx.facts["embedding_on_host"] = decoder.embedding_to_host(causal)
         checkpoint = _newest(ctx, world)
         if sharding := ctx.place.strategy == "fsdp" and world.size > 1:
             for module in tuned.modules():
@@ -99,6 +102,7 @@ def _tracked(trainer: PackedTrainer, given: Mapping[str, Any], ctx: PassContext)
         if names:
             from olive.passes.finetune.tracked import Tracking
 
+            trainer.follow.at_once = True
             trainer.args.run_name = trainer.args.run_name or run
             every = max(1, int(given.get("logging_steps", 1)))
             trainer.add_callback(Tracking(names, ctx.progress, trainer.curve.points, every))
@@ -120,6 +124,7 @@ def _passes(
         device=device,
         fused=not autocast and ctx.facts["fused_layers"]["lora"] > 0,
         checkpointing=given.get("gradient_checkpointing"),
+        embedding=_embedding(tuned),
     )
     if ctx.place.attempt:  # memory ran out where the processes had to begin again
         if chosen.checkpointing or given.get("gradient_checkpointing") is False:
@@ -130,8 +135,23 @@ def _passes(
     args.gradient_accumulation_steps = 1
     args.gradient_checkpointing = False
     if chosen.checkpointing:
-        patch.compute_twice(tuned)
+        patch.compute_twice(tuned, offload=chosen.offload)
+    if chosen.offload:
+        use_small_blocks(SMALL_BLOCK)
     return chosen
+
+
+def _embedding(tuned: Any) -> int:
+    """Bytes of an embedding that may wait in the host's memory."""
+    causal = causal_of(tuned)
+    embedding = causal.get_input_embeddings()
+    may = decoder.embedding_may_wait(embedding, causal.get_output_embeddings())
+    return int(embedding.weight.nbytes) if may else 0
+
+
+def causal_of(tuned: Any) -> Any:
+    """The causal language model below its adapters."""
+    return tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned
 
 
 def _free(device: str, ctx: PassContext) -> int:
@@ -167,4 +187,5 @@ def _cutting(args: Any, given: Mapping[str, Any], trainer: PackedTrainer) -> dic
         "tokens_of_a_pass": trainer.passes.tokens,
         "passes_of_a_step": trainer.most_passes,
         "activations_computed_twice": trainer.passes.checkpointing,
+        "waiting_on_host": trainer.passes.offload,
     }

@@ -51,6 +51,7 @@ class PackedTrainer(Trainer):
     """
 
     control: Any
+    runs_ahead = True
     collate = staticmethod(collate)
 
     def __init__(
@@ -76,7 +77,8 @@ class PackedTrainer(Trainer):
         self.smoothing = smoothing
         self.passes, self.may_checkpoint, self.world = passes, may_checkpoint, world or World()
         self.remove_callback(PrinterCallback)
-        self.add_callback(Follow(self, save_seconds))
+        self.follow = Follow(self, save_seconds)
+        self.add_callback(self.follow)
         self.journal, self.progress, self.curve = journal, progress, curve
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -110,7 +112,7 @@ class PackedTrainer(Trainer):
     ) -> Any:
         """Sum over the batch's labels, divided by the labels of the whole optimizer step."""
         outputs = model(**inputs, olive_loss=True, label_smoothing=self.smoothing if model.training else 0.0)
-        count = num_items_in_batch or int((inputs["labels"] != IGNORE).sum())
+        count = num_items_in_batch or inputs["kept"].numel()
         loss = outputs.loss / max(1, count)
         return (loss, outputs) if return_outputs else loss
 
@@ -207,25 +209,44 @@ class PackedTrainer(Trainer):
                 else "Take gradient_checkpointing: false out, lower max_seq_len, or use a larger device.",
             )
 
-    def read_losses(self) -> float:
-        """The loss of the step that ends; stops on one that is no number, before anything is saved."""
-        values = [float(loss) for loss in self.losses]
-        self.losses.clear()
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """A pass on the device, with the numbers of the tokens that have a label."""
+        kept = (inputs["labels"].flatten() != IGNORE).nonzero().squeeze(1)
+        on_host = ("input_ids",) if self.passes.offload else ()
+        return {
+            name: self._there(value) if torch.is_tensor(value) and name not in on_host else value
+            for name, value in {**inputs, "kept": kept}.items()
+        }
+
+    def _there(self, value: torch.Tensor) -> torch.Tensor:
+        device = self.args.device
+        # from memory that may move, a copy would wait for all that a GPU has yet to do
+        return value if device.type == "cpu" else value.pin_memory().to(device, non_blocking=True)
+
+    def read_losses(self, losses: Sequence[torch.Tensor], step: int, rows: Sequence[TokenBlock]) -> float:
+        """The loss of a step; stops on one that is no number.
+
+        Args:
+            losses: of its forward passes here.
+            step: its number.
+            rows: what it trained on.
+        """
+        values = [float(loss) for loss in losses]
         whole = float(self.world.total(torch.tensor(sum(values), dtype=torch.float64)))
         if not math.isfinite(whole):
             bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
             raise PassFailed(
-                f"the loss became {whole} in step {self.state.global_step}{self._among(bad, len(values))}",
+                f"the loss became {whole} in step {step}{self._among(rows, bad, len(values))}",
                 fix="Lower learning_rate, or train in float32; look at the rows where it comes back.",
             )
         return whole
 
-    def _among(self, bad: int | None, passes: int) -> str:
+    def _among(self, step: Sequence[TokenBlock], bad: int | None, passes: int) -> str:
         """Which forward pass and rows of the step a message is about; nothing where they are another's."""
         if bad is None:
             return ""
-        part = share([len(row.ids) for row in self.rows], self.world.size)[self.world.rank]
-        rows = told(self._cut(self.rows, part)[bad], self.train_dataset.decode)
+        part = share([len(row.ids) for row in step], self.world.size)[self.world.rank]
+        rows = told(self._cut(step, part)[bad], self.train_dataset.decode)
         return (f", forward pass {bad + 1} of {passes}" if passes > 1 else "") + f", on {rows}"
 
     def figures(self) -> dict[str, float]:
@@ -249,6 +270,7 @@ class PackedTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> Any:
         """Mean loss a label token over the evaluation rows."""
+        self.follow.catch_up()
         blocks = (self.eval_dataset if eval_dataset is None else eval_dataset).blocks
         sums, began = torch.zeros(2, dtype=torch.float64), time.perf_counter()
         self.model.eval()
@@ -256,7 +278,7 @@ class PackedTrainer(Trainer):
             rows = [blocks[row] for row in range(start, min(start + _AT_ONCE, len(blocks)))]
             for batch in self._passes(rows):
                 inputs = self._prepare_inputs(batch)
-                labels = int((inputs["labels"] != IGNORE).sum())
+                labels = inputs["kept"].numel()
                 with torch.no_grad(), self.compute_loss_context_manager():
                     loss = float(self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=1))
                 sums += torch.tensor([loss, labels], dtype=torch.float64)
@@ -276,6 +298,7 @@ class PackedTrainer(Trainer):
         return better
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.follow.catch_up()  # stops on a loss that is no number before anything is saved
         self.store_flos()
         state = {
             "points": self.curve.points,
