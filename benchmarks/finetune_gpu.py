@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from olive.config.workflow import Accelerator
+from olive.hardware.memory import collect_seldom, exempt_libraries
 from olive.hardware.probe import probe
 from olive.models.seen import Seen
 from olive.passes.base import PassContext
@@ -193,6 +194,7 @@ def ours(options: argparse.Namespace, quantised: bool, short: bool) -> dict[str,
         if options.checkpointing:
             given["gradient_checkpointing"] = True
         rows = blocks(options.steps * options.batch, options.length, vocabulary, short)
+        exempt_libraries()
         data = TrainingData(rows, [], str)
         curve, _ = train_blocks(tuned, given, ctx, "bfloat16", data, PackedTrainer)
     speeds = [point["tokens_per_second"] for point in curve.points][2:]
@@ -263,6 +265,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="GiB that the process may take, as on a smaller card")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    collect_seldom()
     options.length = options.length or (2048 if options.case == "qlora" else 4096)
     options.batch = options.batch or (2 if options.case == "qlora" else 1)
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -72,6 +72,7 @@ def choose(
     width: int,
     free: int,
     trained: int,
+    moments: int = 8,
     longest: int,
     device: str,
     fused: bool = True,
@@ -87,7 +88,8 @@ def choose(
         config: of the model.
         width: bytes of an activation.
         free: bytes free on the device with the model loaded.
-        trained: numbers trained; each takes a gradient and the optimizer's two moments.
+        trained: numbers trained; each takes a gradient of 4 bytes and, for the products, a copy of 2.
+        moments: bytes that the optimizer keeps of each.
         longest: tokens of the longest row.
         device: ``cpu`` or ``gpu``.
         fused: whether the layers keep no more than they need.
@@ -95,7 +97,7 @@ def choose(
         embedding: bytes of an embedding that could wait in the host's memory.
     """
     most = MOST_TOKENS["cpu" if device == "cpu" else "gpu"]
-    left = int(free * _SHARE) - 16 * trained - _HEAD["cpu" if device == "cpu" else "gpu"]
+    left = int(free * _SHARE) - (6 + moments) * trained - _HEAD["cpu" if device == "cpu" else "gpu"]
     fit = {
         twice: left // max(1, token_bytes(config, width, checkpointing=twice, fused=fused))
         for twice in (False, True)

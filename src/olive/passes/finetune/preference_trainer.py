@@ -110,7 +110,6 @@ class PreferenceTrainer(PackedTrainer):
         held = None if held_out is None else numbered(held_out, count)
         super().__init__(model, args, numbered(train, 0), held, **more)
         total = count + (0 if held is None else len(held))
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.start = [p.detach().clone() for p in self.trained] if objective.has_reference else []
         self.reference = torch.full((total, 2), torch.nan, device=self.args.device)
         self.known: set[int] = set()

@@ -120,6 +120,7 @@ def _passes(
         width=2 if autocast else getattr(torch, dtype).itemsize,
         free=_free(device, ctx),
         trained=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        moments=2 if "8bit" in str(args.optim) else 8,
         longest=max(train.sizes),
         device=device,
         fused=not autocast and ctx.facts["fused_layers"]["lora"] > 0,

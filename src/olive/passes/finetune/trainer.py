@@ -83,6 +83,8 @@ class PackedTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.sharded = any(is_sharded(p) for p in model.parameters())
+        # walking over a model's modules to find them takes as long as a forward pass of a small model
+        self.trained = [p for p in model.parameters() if p.requires_grad]
         self.best: dict[str, torch.Tensor] | None = None
         self.losses: list[torch.Tensor] = []
         self.rows: list[TokenBlock] = []
@@ -128,7 +130,8 @@ class PackedTrainer(Trainer):
         """
         self.rows = inputs
         self.step_tokens += sum(len(block.ids) for block in inputs)
-        model.train()
+        if not model.training:
+            model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         while True:
@@ -137,10 +140,17 @@ class PackedTrainer(Trainer):
             if not failed:
                 break
             self._take_less(inputs)
-        self.world.sum_gradients(model.parameters())
+        self.world.sum_gradients(self.trained)
         # read at the end of the step: asking now would hold up what a GPU has yet to be given
         self.losses += losses or []
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
+    def _forget_gradients(self, set_to_none: bool = True) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
 
     def _attempt(self, model: Any, rows: list[TokenBlock], count: int) -> list[torch.Tensor] | None:
         """The losses of this process's passes, their gradients added up; None when memory ran out."""
@@ -183,7 +193,7 @@ class PackedTrainer(Trainer):
     def _take_less(self, rows: Sequence[TokenBlock]) -> None:
         """Cut smaller after memory ran out: half the tokens, or activations computed twice, or give up."""
         self.forget()
-        self.model.zero_grad()
+        self._forget_gradients()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -352,8 +362,12 @@ class PackedTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint.path))
             self.state.global_step = checkpoint.step
         else:
-            with stopping_after_the_step(self):
-                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+            self.model.__dict__["zero_grad"] = self._forget_gradients
+            try:
+                with stopping_after_the_step(self):
+                    self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+            finally:
+                del self.model.__dict__["zero_grad"]
         return int(self.state.global_step)
 
 
