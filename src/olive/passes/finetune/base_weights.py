@@ -62,7 +62,7 @@ class QuantisedLinear(nn.Linear):
 
     def dense(self) -> torch.Tensor:
         """The (out, in) weight, expanded."""
-        if self.weight.device.type != "cuda" or self.value.scheme.kind == "int8":
+        if self.weight.device.type != "cuda" or self._scales.scheme.kind == "int8":
             return dequantise(self.value, self.dtype)
         from olive.passes.finetune.gpu_kernels import expand
 
