@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +232,32 @@ def test_document_c_runs_on_two_devices(tmp_path: Path) -> None:
     (folder / "c.json").write_text(json.dumps(document))
     again = olive("run", "--config", "c.json", cwd=folder)
     assert "every step is in the cache" in again.stderr
+
+
+def test_document_c_runs_on_two_hosts(tmp_path: Path) -> None:
+    folder = tiny_workspace(tmp_path)
+    document = today()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    document["systems"]["local_system"]["devices"] = {"count": 1, "hosts": 2, "address": address}
+    document["passes"]["lora"]["training_args"]["gradient_accumulation_steps"] = 4
+    (folder / "c.json").write_text(json.dumps(document))
+    unknown = olive("plan", "--config", "c.json", cwd=folder)
+    assert unknown.returncode == 5
+    assert "OLIVE_HOST" in unknown.stdout
+    command = [sys.executable, "-m", "olive", "run", "--config", "c.json"]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "NO_COLOR": "1"}
+    second = subprocess.Popen(command, cwd=folder, env=environment | {"OLIVE_HOST": "1"}, text=True,
+                              stderr=subprocess.PIPE)  # fmt: skip
+    first = subprocess.run(command, cwd=folder, env=environment | {"OLIVE_HOST": "0"}, text=True, timeout=300,
+                           capture_output=True)  # fmt: skip
+    _, said = second.communicate(timeout=60)
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 0, said
+    assert "its share is done" in said
+    steps = json.loads((folder / "out" / "run.json").read_text())["steps"]
+    assert steps[0]["facts"]["micro_batch"]["processes"] == 2
 
 
 def test_document_c_runs_in_json_and_yaml(tmp_path: Path) -> None:

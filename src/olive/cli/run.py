@@ -29,7 +29,7 @@ def run_document(source: Document, args: argparse.Namespace) -> int:
     """The same for a document that is a file or a mapping."""
     from olive.errors import Problem, Severity, raise_errors
     from olive.report.console import problems, relative, summary
-    from olive.workflows import carry_out, fetch, plan
+    from olive.workflows import carry_out, fetch, plan, take_part
 
     if args.download:
         fetch(source)
@@ -45,6 +45,10 @@ def run_document(source: Document, args: argparse.Namespace) -> int:
         f"Finished steps and checkpoints are kept in {relative(planned.store_root)}; "
         "the same command continues from there."
     )
+    if planned.host:
+        take_part(planned)
+        print(f"host {planned.host}: its share is done; the first host goes on", file=sys.stderr)
+        return 0
     result = carry_out(planned)
     told = {(problem.message, problem.where) for problem in warnings}
     met = [

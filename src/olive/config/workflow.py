@@ -88,6 +88,24 @@ class Devices(Frozen):
         description="`ddp`: the whole model on each. `fsdp`: a part of every weight on each. auto: `ddp` "
         "where the model fits.",
     )
+    hosts: int = Field(
+        1,
+        ge=1,
+        le=4096,
+        description="Machines that train together. Start the same command on each, with its number from 0 in "
+        "OLIVE_HOST (SLURM_NODEID, NODE_RANK and GROUP_RANK are looked at too), in the same shared folder.",
+    )
+    address: str | None = Field(
+        None,
+        pattern=r"^[^:\s]+:\d{1,5}$",
+        description="`name:port` of the first host, where the others meet it.",
+    )
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.hosts > 1 and self.address is None:
+            raise ValueError("several hosts need the `address` of the first, for example node0:29500")
+        return self
 
     @field_validator("count")
     @classmethod

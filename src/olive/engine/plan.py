@@ -31,6 +31,7 @@ from olive.resources.resolve import locate
 from olive.store.keys import key as make_key
 from olive.store.store import Store
 
+HOST = ("OLIVE_HOST", "SLURM_NODEID", "NODE_RANK", "GROUP_RANK")
 MARGIN = 256 << 20  # bytes of disk kept free beside the estimates
 
 
@@ -45,6 +46,7 @@ class PlannedStep:
         accelerator: the host's device and providers.
         dtype: the dtype it trains in; empty where the step trains nothing.
         processes, strategy: how many processes run it together, and how they share the model.
+        hosts: how many machines they run on.
         key: cache key; None until the step before it has run.
         cached: the store holds its result.
         cost: expected memory, disk and time.
@@ -58,6 +60,7 @@ class PlannedStep:
     dtype: str
     processes: int
     strategy: str
+    hosts: int
     key: str | None
     cached: bool
     cost: Cost
@@ -82,6 +85,12 @@ class Plan:
     disk_free: int
 
     @property
+    def host(self) -> int:
+        """Which of the hosts that share its steps this is; 0 carries the plan out."""
+        devices = [devices_of(self.workflow, step.host) for step in self.steps if step.hosts > 1]
+        return max((host_number(each) or 0 for each in devices), default=0)
+
+    @property
     def to_run(self) -> tuple[PlannedStep, ...]:
         """Steps that the store does not hold."""
         return tuple(step for step in self.steps if not step.cached)
@@ -96,6 +105,14 @@ def accelerator_of(workflow: Workflow, system: str) -> Accelerator:
 def devices_of(workflow: Workflow, system: str) -> Devices:
     """How many devices of a system train at once."""
     return workflow.systems[system].devices if system in workflow.systems else Devices()
+
+
+def host_number(devices: Devices) -> int | None:
+    """Which of several hosts this is, by the environment; None where it does not say."""
+    if devices.hosts == 1:
+        return 0
+    found = next((os.environ[name] for name in HOST if os.environ.get(name, "").isdigit()), None)
+    return int(found) if found is not None and int(found) < devices.hosts else None
 
 
 def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | None = None) -> Plan:
@@ -181,6 +198,14 @@ def _check_devices(workflow: Workflow, machine: Machine) -> Iterator[Problem]:
                 f"devices asks for {_count(workflow, name)} GPUs, and this machine has {len(machine.gpus)}",
                 where,
                 f"Set devices to {len(machine.gpus)} or auto.",
+                exit_code=5,
+            )
+        elif host_number(devices_of(workflow, name)) is None:
+            hosts = devices_of(workflow, name).hosts
+            yield Problem(
+                f"devices names {hosts} hosts, and nothing says which one this is",
+                where,
+                f"Start the same command on each with OLIVE_HOST set, from 0 to {hosts - 1}.",
                 exit_code=5,
             )
         elif accelerator.device == "npu":
@@ -388,6 +413,7 @@ def _steps(
             dtype=_dtype(entry, machine, accelerator),
             processes=processes,
             strategy=strategy,
+            hosts=devices_of(workflow, host).hosts if processes > 1 else 1,
             key=step_key,
             cached=found is not None,
             cost=_estimate(entry, info, machine, previews, findings) if info else Cost(memory=0, disk=0),

@@ -14,10 +14,18 @@ from typing import Any
 
 from olive.config.workflow import Evaluator, PassEntry
 from olive.data.rows import is_local
+from olive.engine.follow import follow
 from olive.engine.gates.compare import References
 from olive.engine.keys import data_names, evaluation_parts, step_parts
 from olive.engine.output import MODEL, TRACKING
-from olive.engine.plan import Plan, accelerator_of, stored_artifact
+from olive.engine.plan import (
+    Plan,
+    PlannedStep,
+    accelerator_of,
+    devices_of,
+    host_number,
+    stored_artifact,
+)
 from olive.engine.prompts import rendered_sample, sample_prompts
 from olive.engine.result import Finding, GateResult, RunResult, StepResult
 from olive.errors import InternalError, Problem, Severity, raise_errors
@@ -44,6 +52,10 @@ class _Run:
     prompts: list[list[int]] | None = None
     known: References = field(default_factory=References)
 
+    def planned(self, name: str) -> PlannedStep:
+        """The step in the plan."""
+        return next(step for step in self.plan.steps if step.name == name)
+
     @property
     def memo(self) -> Path:
         return self.store.root / "digests.json"
@@ -63,6 +75,29 @@ def run(plan: Plan, progress: Progress) -> RunResult:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with closing(Store(plan.store_root)) as store:
         return _run(_Run(plan, store, progress), plan.model)
+
+
+def take_part(plan: Plan, progress: Progress) -> None:
+    """Do another host's share of ``plan``; the first host carries it out.
+
+    Raises:
+        OliveError: an error of the plan or of this host's processes.
+    """
+    raise_errors(plan.findings)
+    with closing(Store(plan.store_root)) as store:
+        state = _Run(plan, store, progress)
+
+        def made(name: str, model: Artifact) -> tuple[Entry | None, Artifact]:
+            found = store.lookup(make_key(_parts(state, plan.workflow.passes[name], model)))
+            return found, model if found is None else stored_artifact(found, model)
+
+        def job_of(name: str, model: Artifact) -> Job:
+            entry = plan.workflow.passes[name]
+            key = make_key(_parts(state, entry, model))
+            # its processes write nothing there: the first one of all does
+            return _job(state, name, entry, model, plan.store_root, store.journal(key).path)
+
+        follow(plan, progress, job_of, made)
 
 
 def _run(state: _Run, given: Artifact) -> RunResult:
@@ -109,20 +144,7 @@ def _run(state: _Run, given: Artifact) -> RunResult:
 
 
 def _step(state: _Run, name: str, entry: PassEntry, model: Artifact) -> tuple[StepResult, Entry, Artifact]:
-    plan = state.plan
-    workflow = plan.workflow
-    accelerator = accelerator_of(workflow, entry.host or workflow.host)
-    target = accelerator_of(workflow, workflow.target)
-    parts = step_parts(
-        entry,
-        model,
-        workflow,
-        accelerator=accelerator,
-        target=target,
-        machine=plan.machine,
-        base_dir=plan.base_dir,
-        memo=state.memo,
-    )
+    parts = _parts(state, entry, model)
     key = make_key(parts)
     found = state.store.lookup(key)
     cached = found is not None
@@ -137,29 +159,11 @@ def _compute(
     state: _Run, name: str, entry: PassEntry, model: Artifact, key: str, parts: dict[str, Any]
 ) -> Entry:
     """Run a step that the store does not hold, hold it against its gates, and store it."""
-    plan = state.plan
-    workflow = plan.workflow
     technique = resolve(entry.type)
-    accelerator = accelerator_of(workflow, entry.host or workflow.host)
-    target = accelerator_of(workflow, workflow.target)
     journal = state.store.journal(key)
-    planned = next(step for step in plan.steps if step.name == name)
-    with state.store.stage(needed=planned.cost.disk) as staging:
-        job = Job(
-            step=name,
-            type=entry.type,
-            params=entry.params.model_dump(mode="json"),
-            model=model,
-            data={data: workflow.data_config(data) for data in data_names(entry)},
-            base_dir=plan.base_dir,
-            accelerator=accelerator,
-            target=target,
-            out=staging.path,
-            journal=journal.path,
-            tracking=plan.output_dir / TRACKING,
-            processes=planned.processes,
-            strategy=planned.strategy,
-        )
+    needed = state.planned(name).cost.disk
+    with state.store.stage(needed=needed) as staging:
+        job = _job(state, name, entry, model, staging.path, journal.path)
         result, ctx = execute(job, state.progress)
         state.findings += result.findings
         with failures_named(job.place, job.out):
@@ -180,6 +184,46 @@ def _compute(
         state.known.moved(staging.path, found.path)
     journal.clear()
     return found
+
+
+def _parts(state: _Run, entry: PassEntry, model: Artifact) -> dict[str, Any]:
+    """The parts of a step's key."""
+    plan, workflow = state.plan, state.plan.workflow
+    return step_parts(
+        entry,
+        model,
+        workflow,
+        accelerator=accelerator_of(workflow, entry.host or workflow.host),
+        target=accelerator_of(workflow, workflow.target),
+        machine=plan.machine,
+        base_dir=plan.base_dir,
+        memo=state.memo,
+    )
+
+
+def _job(state: _Run, name: str, entry: PassEntry, model: Artifact, out: Path, journal: Path) -> Job:
+    """A step as a job."""
+    plan, workflow = state.plan, state.plan.workflow
+    planned, host = state.planned(name), entry.host or workflow.host
+    devices = devices_of(workflow, host)
+    return Job(
+        step=name,
+        type=entry.type,
+        params=entry.params.model_dump(mode="json"),
+        model=model,
+        data={data: workflow.data_config(data) for data in data_names(entry)},
+        base_dir=plan.base_dir,
+        accelerator=accelerator_of(workflow, host),
+        target=accelerator_of(workflow, workflow.target),
+        out=out,
+        journal=journal,
+        tracking=plan.output_dir / TRACKING,
+        processes=planned.processes,
+        strategy=planned.strategy,
+        hosts=planned.hosts,
+        host=host_number(devices) or 0,
+        address=devices.address if planned.hosts > 1 else None,
+    )
 
 
 def _step_result(name: str, entry: Entry, cached: bool) -> StepResult:

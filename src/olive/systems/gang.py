@@ -1,4 +1,4 @@
-"""Run a job in several processes of this machine that work together, and watch over them.
+"""Run a job in several processes that work together, and watch over those of this machine.
 
 Each is ``python -m olive.systems.worker job.json`` with torch's own variables for its place: what torchrun or
 a scheduler sets as well. When one ends before its time the others are ended, and its error is raised.
@@ -30,11 +30,14 @@ _GRACE = 20.0  # seconds that a process is given to end by itself
 _TAIL = 2000  # characters of a process's output that an error quotes
 
 
-def run_together(job: Job, progress: Progress) -> JobResult:
-    """Run ``job`` in as many processes as it asks for.
+def run_together(job: Job, progress: Progress) -> JobResult | None:
+    """Run ``job`` in as many processes as it asks for; of several hosts, this one's share of them.
 
     Where memory runs out in processes that cannot agree on less by themselves, all of them begin again from
     the last checkpoint with less in each forward pass.
+
+    Returns:
+        What the first process reports; None on the other hosts.
 
     Raises:
         OliveError: what the first process that failed raised.
@@ -43,20 +46,20 @@ def run_together(job: Job, progress: Progress) -> JobResult:
         try:
             return _once(job, progress, attempt)
         except OutOfMemory as error:
-            if attempt + 1 == _ATTEMPTS:
+            if attempt + 1 == _ATTEMPTS or job.hosts > 1:
                 raise
             progress.note(f"{error.problems[0].message}; beginning again with less in each forward pass")
     raise AssertionError("not reached")
 
 
-def _once(job: Job, progress: Progress, attempt: int) -> JobResult:
+def _once(job: Job, progress: Progress, attempt: int) -> JobResult | None:
     with tempfile.TemporaryDirectory(prefix="olive-gang-") as name:
         folder = Path(name)
         (folder / "job.json").write_text(job.model_dump_json(), encoding="utf-8")
         gang = [
-            _start(job, folder, rank, port, attempt)
-            for port in (_free_port(),)
-            for rank in range(job.processes)
+            _start(job, folder, local, address, attempt)
+            for address in (job.address or f"127.0.0.1:{_free_port()}",)
+            for local in range(job.processes // job.hosts)
         ]
         stopped = [0]
         try:
@@ -71,29 +74,35 @@ def _once(job: Job, progress: Progress, attempt: int) -> JobResult:
             signal.raise_signal(stopped[0])
         if failed:
             raise _error(folder, gang, failed)
+        if job.host:
+            return None
         return JobResult.model_validate_json((folder / "result.json").read_bytes())
 
 
-def _start(job: Job, folder: Path, rank: int, port: int, attempt: int) -> subprocess.Popen[bytes]:
+def _start(job: Job, folder: Path, local: int, address: str, attempt: int) -> subprocess.Popen[bytes]:
     from olive.hardware.probe import probe
 
+    here = job.processes // job.hosts
+    rank = job.host * here + local
+    name, _, port = address.partition(":")
     environment = os.environ | {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(local),
         "WORLD_SIZE": str(job.processes),
-        "LOCAL_WORLD_SIZE": str(job.processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(here),
+        "MASTER_ADDR": name,
+        "MASTER_PORT": port,
         "OLIVE_ATTEMPT": str(attempt),
-        "OMP_NUM_THREADS": str(max(1, probe().cores // job.processes)),
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        "OMP_NUM_THREADS": str(max(1, probe().cores // here)),
     }
-    with open(folder / f"log-{rank}", "wb") as log:
+    if job.hosts == 1:
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with open(folder / f"log-{local}", "wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "olive.systems.worker", str(folder / "job.json")],
             env=environment,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if rank == 0 else log,
+            stdout=subprocess.PIPE if local == 0 else log,
             stderr=log,
             start_new_session=True,  # Ctrl-C is passed on, once
         )
@@ -168,7 +177,7 @@ def _error(folder: Path, gang: list[subprocess.Popen[bytes]], failed: list[int])
             f"process {killed[0]} of {len(gang)} was ended by signal {-gang[killed[0]].returncode}",
             fix="The system may have been short of memory. Run again: it goes on from the last checkpoint.",
         )
-    told = [path for rank in failed if (path := folder / f"error-{rank}.json").exists()]
+    told = list(folder.glob("error-*.json"))
     if told:
         said = json.loads(min(told, key=lambda path: path.stat().st_mtime_ns).read_text(encoding="utf-8"))
         problems = [

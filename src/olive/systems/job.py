@@ -25,8 +25,10 @@ class Job(Frozen):
         out: empty staging folder.
         journal: folder of the step's checkpoints.
         tracking: folder for experiment trackers.
-        processes: how many processes run it together.
+        processes: how many processes run it together, on all hosts.
         strategy: how they share the model: ``ddp`` or ``fsdp``.
+        hosts, host: how many machines they run on, and which of them this is.
+        address: ``name:port`` of the first, where there are several.
     """
 
     step: str
@@ -42,6 +44,9 @@ class Job(Frozen):
     tracking: Path | None = None
     processes: int = 1
     strategy: str = "ddp"
+    hosts: int = 1
+    host: int = 0
+    address: str | None = None
 
     @property
     def place(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from olive.errors import EnvironmentFault, OliveError, PassFailed
+from olive.errors import EnvironmentFault, InternalError, OliveError, PassFailed
 from olive.hardware.memory import collect_seldom, peak_memory, release_memory, reset_peak_memory
 from olive.hardware.probe import probe
 from olive.passes.base import Pass, PassContext, Place, Progress
@@ -56,7 +56,10 @@ def execute(job: Job, progress: Progress, place: Place | None = None) -> tuple[J
     if place is None and job.processes > 1:
         from olive.systems.gang import run_together
 
-        return run_together(job, progress), context(job, progress)
+        result = run_together(job, progress)
+        if result is None:
+            raise InternalError("another host than the first executed a job for its result")
+        return result, context(job, progress)
     prepare_process()
     technique = resolve(job.type)()
     params = technique.Params.model_validate(job.params)

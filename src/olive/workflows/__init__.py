@@ -108,9 +108,15 @@ def carry_out(planned: Plan, progress: Progress | None = None) -> RunResult:
         OliveError: with the reason and what to do; finished steps are kept.
     """
     from olive.engine.run import run as run_plan
+    from olive.errors import EnvironmentFault
     from olive.report.progress import progress_for
     from olive.report.write import write
 
+    if planned.host:
+        raise EnvironmentFault(
+            f"this is host {planned.host}: it does its share and has no result",
+            fix="Use `olive run` or olive.workflows.take_part on every host but the first.",
+        )
     if progress is not None:
         result = run_plan(planned, progress)
     else:
@@ -121,3 +127,19 @@ def carry_out(planned: Plan, progress: Progress | None = None) -> RunResult:
             own.close()
     write(result, planned.output_dir)
     return result
+
+
+def take_part(planned: Plan) -> None:
+    """Do another host's share of a plan; the first host carries it out.
+
+    Raises:
+        OliveError: an error of the plan or of this host's processes.
+    """
+    from olive.engine.run import take_part as share
+    from olive.report.progress import progress_for
+
+    own = progress_for()
+    try:
+        share(planned, own)
+    finally:
+        own.close()

@@ -145,7 +145,8 @@ class Tuning(Pass[P]):
         """Every GPU that a step has a row for, one process on a CPU; whole models where they fit."""
         on_gpu, rows = accelerator.device == "gpu", arguments.rows_of_a_step(params.training_args)
         found = len(machine.gpus) if on_gpu else 1
-        count = max(1, min(rows, found if devices.count == "auto" else devices.count))
+        count = found if devices.count == "auto" else devices.count
+        count = max(1, min(rows, count * devices.hosts) // devices.hosts) * devices.hosts
         strategy = devices.strategy
         if strategy == "auto":
             strategy = "ddp"
