@@ -1,6 +1,6 @@
 """Training speed of the LoRA pass against plain Transformers + PEFT, and against this machine's matrix rate.
 
-    python benchmarks/finetune.py [--rounds 3] [--rows 320] [--plain-rows 24]
+    python benchmarks/finetune.py [--rounds 3] [--rows 320] [--plain-rows 24] [--length 1024]
 
 Both train the example's base on rows of the example's data (about 24 tokens each), every token with a label,
 rank 64 on qkv_proj and o_proj, dropout 0.1, as the published document has it. Plain takes one row a forward
@@ -9,7 +9,8 @@ tokens: once in float32, and where this CPU multiplies bfloat16 also in the dtyp
 The matrix rate of either dtype is measured beside them, on products of the model's own shapes, since the
 machine is shared: torch's own float32 products as plain training finds them, and those the pass takes.
 Counted as needed: 4 FLOPs a parameter and token, embedding look-up left out, and causal attention inside each
-document. Prints medians over the rounds.
+document. Prints medians over the rounds. With ``--length`` the rows are joined to documents
+of that many tokens.
 """
 
 from __future__ import annotations
@@ -98,26 +99,26 @@ def rows_file(folder: Path, count: int) -> Path:
     return path
 
 
-def data(path: Path) -> DataConfig:
-    """The rows packed to 1,024 tokens."""
+def data(path: Path, length: int) -> DataConfig:
+    """The rows packed to 1,024 tokens, or joined to documents of ``length``."""
     return DataConfig.model_validate(
         {
             "name": "train",
             "load_dataset_config": {"data_name": "json", "data_files": str(path), "split": "train"},
             "pre_process_data_config": {
                 "text_template": TEMPLATE,
-                "strategy": "pack",
-                "max_seq_len": 1024,
+                "strategy": "join" if length else "pack",
+                "max_seq_len": length or 1024,
             },
         }
     )
 
 
-def ours(count: int, dtype: str) -> tuple[float, list[int]]:
+def ours(count: int, dtype: str, length: int) -> tuple[float, list[int]]:
     """Tokens a second of the pass, all steps counted, and the lengths of its documents."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = data(rows_file(folder, count))
+        config = data(rows_file(folder, count), length)
         out = folder / "out"
         out.mkdir()
         ctx = PassContext(
@@ -142,26 +143,28 @@ def ours(count: int, dtype: str) -> tuple[float, list[int]]:
             }
         )
         LoRA().run(Artifact(kind=Kind.HF, path=BASE, digest="0" * 64), wanted, ctx)
-        return float(ctx.facts["tokens_per_second"]), lengths(count)
+        return float(ctx.facts["tokens_per_second"]), [length] if length else lengths(count)
 
 
 def lengths(count: int) -> list[int]:
     """Tokens of each row."""
-    return [len(ids) for ids in encoded(count)]
+    return [len(ids) for ids in encoded(count, 0)]
 
 
-def encoded(count: int) -> list[list[int]]:
+def encoded(count: int, length: int) -> list[list[int]]:
     """The first ``count`` rows, rendered and tokenised as both sides train on them."""
     from olive.data import blocks, rows, tokens
 
     with tempfile.TemporaryDirectory() as name:
-        config = data(rows_file(Path(name), count))
+        config = data(rows_file(Path(name), count), length)
         read = rows.read(config, Path(name))
-    pre = config.pre_process_data_config.model_copy(update={"strategy": "line-by-line"})
+    pre = config.pre_process_data_config
+    if not length:
+        pre = pre.model_copy(update={"strategy": "line-by-line"})
     return [list(block.ids) for block in blocks.build(read, pre, tokens.load(BASE), 0)]
 
 
-def plain(count: int) -> float:
+def plain(count: int, length: int) -> float:
     """Tokens a second of Transformers + PEFT, one row at a time, after two rows of warm-up."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -174,7 +177,9 @@ def plain(count: int) -> float:
     model = get_peft_model(model, config)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    rows = [torch.tensor([ids]) for ids in encoded(count + 2)]
+    rows = [torch.tensor([ids]) for ids in encoded(count + 2, 0)]
+    if length:
+        rows = [torch.tensor([ids]) for ids in encoded(60 * (count + 2), length)[: count + 2]]
     done, began = 0, 0.0
     for index, ids in enumerate(rows):
         if index == 2:
@@ -195,6 +200,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=320)
     parser.add_argument("--plain-rows", type=int, default=24)
+    parser.add_argument(
+        "--length", type=int, default=0, help="tokens of a document; 0 for the rows as they are"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     machine = probe()
@@ -204,13 +212,13 @@ def main() -> None:
     shares: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
     for index in range(options.rounds):
         with products_of_torch():
-            slow = plain(options.plain_rows)
+            slow = plain(options.plain_rows, options.length)
             torch_rate = matrix_rate(torch.float32)
         print(f"round {index}: plain {slow:.1f} tokens/s, torch's float32 {torch_rate / 1e9:.0f} GFLOP/s")
         choose_products(machine.cpu, machine.cpu_features)
         for dtype in dtypes:
             before = matrix_rate(getattr(torch, dtype))
-            fast, sizes = ours(options.rows, dtype)
+            fast, sizes = ours(options.rows, dtype, options.length)
             rate = (before + matrix_rate(getattr(torch, dtype))) / 2
             need = flops_a_token(sizes)
             ratios[dtype].append(fast / slow)

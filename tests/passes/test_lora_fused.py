@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from olive.passes.finetune import attention, fused, loss
+from olive.passes.finetune import attention, cpu_attention, fused, loss
 
 TOLERANCE = 1e-5
 
@@ -124,11 +124,11 @@ def test_dropout_mask_keeps_the_share_asked_for_and_follows_the_seed() -> None:
 
 @pytest.mark.parametrize("lengths", [(9,), (4, 4, 4), (5, 1, 60, 7, 58, 100), (100, 3), (2, 90, 80)])
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("short", [0, 256], ids=["kernel", "whole"])
+@pytest.mark.parametrize("block", [7, 48, 1000])
 def test_attention_stays_inside_documents(
-    lengths: tuple[int, ...], window: int | None, short: int, monkeypatch: pytest.MonkeyPatch
+    lengths: tuple[int, ...], window: int | None, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_SHORT", short)
+    monkeypatch.setattr(cpu_attention, "_BLOCK", block)
     torch.manual_seed(5)
     total, heads, key_heads, dim = sum(lengths), 4, 2, 8
 

@@ -16,9 +16,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from olive.passes.finetune.cpu_attention import CpuAttention
+
 NAME = "olive_packed"
-# documents up to this length: on a CPU, whole score matrices beat the blocked kernel, most of all backwards
-_SHORT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +155,9 @@ def attend(
             ]
         else:
             picked = [_Gather.apply(x, group) for x in (query, key, value)]
-        if query.device.type == "cpu" and group.length <= _SHORT and not dropout:
+        if query.device.type == "cpu" and not dropout:
             factor = query.shape[-1] ** -0.5 if scale is None else scale
-            out = ShortAttention.apply(*picked, factor, window)
+            out = CpuAttention.apply(*picked, factor, window)
         else:
             q, k, v = (x.transpose(1, 2) for x in picked)
             out = _causal(q, k, v, scale, dropout, window).transpose(1, 2)
@@ -207,72 +207,6 @@ def _equal_lengths(
 def _ends(lengths: tuple[int, ...], device: str) -> torch.Tensor:
     """(documents + 1,) int32: where each document begins, and the end."""
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-
-
-class ShortAttention(torch.autograd.Function):
-    """Causal attention of short documents, computed in float32 from whole score matrices.
-
-    The query heads that share a key head are stacked, so that both products are plain batched ones. Keeps its
-    inputs and computes the weights again in the backward.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        """Query (count, length, heads, dim), key and value (count, length, key heads, dim) -> as query."""
-        ctx.save_for_backward(query, key, value)
-        ctx.scale, ctx.window = scale, window
-        q, k, v = (_stacked(x, key.shape[2]) for x in (query, key, value))
-        return _unstacked(_weights(q, k, query.shape[1], scale, window) @ v, query)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Autograd's backward."""
-        query, key, value = ctx.saved_tensors
-        q, k, v, grad = (_stacked(x, key.shape[2]) for x in (query, key, value, grads[0]))
-        weights = _weights(q, k, query.shape[1], ctx.scale, ctx.window)
-        into_v = weights.transpose(1, 2) @ grad
-        scores = torch.bmm(grad, v.transpose(1, 2))
-        scores.sub_((scores * weights).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scale)
-        into_q, into_k = scores @ k, scores.transpose(1, 2) @ q
-        return _unstacked(into_q, query), _unstacked(into_k, key), _unstacked(into_v, value), None, None
-
-
-def _stacked(x: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """(count, length, heads, dim) -> float32 (count * key heads, heads / key heads * length, dim)."""
-    count, length, heads, dim = x.shape
-    wide = x.view(count, length, key_heads, heads // key_heads, dim).permute(0, 2, 3, 1, 4)
-    return wide.to(torch.float32, memory_format=torch.contiguous_format).reshape(count * key_heads, -1, dim)
-
-
-def _unstacked(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``_stacked``, in the shape and dtype of ``like``."""
-    count, length, heads, dim = like.shape
-    key_heads = x.shape[0] // count
-    narrow = x.view(count, key_heads, heads // key_heads, length, dim).permute(0, 3, 1, 2, 4)
-    return narrow.to(like.dtype, memory_format=torch.contiguous_format).reshape(like.shape)
-
-
-def _weights(
-    query: torch.Tensor, key: torch.Tensor, length: int, scale: float, window: int | None
-) -> torch.Tensor:
-    """Softmax of the masked scores, (count * key heads, heads / key heads * length, length)."""
-    scores = torch.baddbmm(_mask(length, query.shape[1], window), query, key.transpose(1, 2), alpha=scale)
-    return torch.softmax(scores, -1)
-
-
-@lru_cache(maxsize=64)
-def _mask(length: int, rows: int, window: int | None) -> torch.Tensor:
-    """Zero where a query may look, minus infinity elsewhere; (1, rows, length), one head below the other."""
-    distance = torch.arange(length)[:, None] - torch.arange(length)[None]
-    seen = (distance >= 0) & (distance < (window or length))
-    return torch.zeros(length, length).masked_fill_(~seen, -torch.inf).repeat(rows // length, 1)[None]
 
 
 def _causal(
