@@ -167,7 +167,7 @@ from types import SimpleNamespace
 from pathlib import Path
 import olive.workflows as workflows
 workflows.plan = lambda *a, **k: SimpleNamespace(
-    findings=(), steps=(), to_run=(), store_root=Path.cwd() / "cache"
+    findings=(), steps=(), to_run=(), host=0, store_root=Path.cwd() / "cache"
 )
 def carry_out(plan):
     print("going", flush=True)

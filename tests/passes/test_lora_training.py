@@ -210,6 +210,19 @@ def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
     assert ours == pytest.approx(theirs, abs=1e-6)
 
 
+def test_dropout_is_on_from_the_first_step(tmp_path: Path) -> None:
+    base, config = tiny_phi3(tmp_path / "base"), data(rows(tmp_path))
+    once = {"max_steps": 2, "learning_rate": 5e-2}
+    plain, dropping = (
+        train(base, tmp_path / str(drop), config, params(lora_dropout=drop, training_args=once))
+        for drop in (0.0, 0.9)
+    )
+    # both start as the base: the factors' gradients, and so the second loss, differ
+    ours, theirs = ([p["loss"] for p in ctx.series["loss"]] for ctx in (plain, dropping))
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-6)
+    assert abs(ours[1] - theirs[1]) > 1e-3
+
+
 def test_best_adapter_is_kept_when_asked_for(tmp_path: Path) -> None:
     base = tiny_phi3(tmp_path / "base")
     args = {

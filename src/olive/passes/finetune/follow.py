@@ -77,6 +77,7 @@ class Follow(TrainerCallback):
         """Start the bar."""
         self.trainer.progress.start("training", state.max_steps)
         self.trainer.progress.update(state.global_step)
+        self.trainer.model.train()  # a fresh adapter says so, and the base under it was loaded for evaluation
         if hasattr(self.trainer.model, "peft_config"):
             self.start = checkpoints.sums(checkpoints.trained_state(self.trainer.model))
         self.began = self.saved = time.perf_counter()
