@@ -21,6 +21,9 @@ _TABLE: dict[str, str] = {
     "LoftQ": "olive.passes.finetune.loftq:LoftQ",
     "FullFinetune": "olive.passes.finetune.full:FullFinetune",
     "MergeAdapterWeights": "olive.passes.adapters.merge:MergeAdapterWeights",
+    "Rtn": "olive.passes.quantize.rtn:Rtn",
+    "KQuant": "olive.passes.quantize.k_quant:KQuant",
+    "Gptq": "olive.passes.quantize.gptq:Gptq",
     "ModelBuilder": "olive.passes.export.model_builder:ModelBuilder",
 }
 
