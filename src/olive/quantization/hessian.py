@@ -48,7 +48,8 @@ class Moments:
     @property
     def sound(self) -> bool:
         """Whether the sums are finite and not all zero."""
-        return bool(self._upper.isfinite().all()) and bool((self._upper.diagonal() > 0).any())
+        extremes = torch.stack(self._upper.aminmax())
+        return bool(extremes.isfinite().all()) and bool((self._upper.diagonal() > 0).any())
 
 
 def inverse_factor(
@@ -75,7 +76,7 @@ def inverse_factor(
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0:
             upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            if bool(upper.isfinite().all()):
+            if bool(torch.stack(upper.aminmax()).isfinite().all()):
                 return upper.contiguous(), damping
         damping = max(damping, 1e-4) * 10
     return None

@@ -112,7 +112,7 @@ def _solver(group: Group, params: Gptq.Params) -> _Solver | None:
         return None
     factor, damping = found
     shift = None
-    if group.drift is not None and bool(group.drift.isfinite().all()):
+    if group.drift is not None and bool(torch.stack(group.drift.aminmax()).isfinite().all()):
         shift = ridge(sums, group.drift, params.drift_damp)
     damped = sums.clone()
     damped.diagonal().add_(damping * sums.diagonal().mean())
