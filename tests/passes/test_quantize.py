@@ -129,15 +129,48 @@ def test_calibration_takes_error_off_the_model(
         kl = 0.0
         for row, p in zip(ids, wanted, strict=True):
             q = model(torch.tensor([row])).logits.log_softmax(-1)
-            kl += float((p.exp() * (p - q)).sum(-1).mean())
+            kl += float((p.exp() * (p - q)).sum(-1).mean().detach())
         found[name] = kl / len(ids)
     assert found["Gptq"] < 0.8 * found["KQuant"] < 0.8 * found["Rtn"]
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_bytes(
-    phi3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_the_scale_of_awq_leaves_the_function_as_it_was(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    whole = run("Gptq", phi3, tmp_path / "whole", **CALIBRATED)
+    """In 8 bits rounding costs little, scaled or not; a scale in the wrong place would cost far more."""
+    source: Path = request.getfixturevalue(family)
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if name.endswith("layernorm.weight"):  # inputs of different energy, so that scaling pays
+            tensors[name][::7] *= 6
+    uneven = tmp_path / "uneven"
+    uneven.mkdir()
+    for path in source.iterdir():
+        (uneven / path.name).write_bytes(path.read_bytes())
+    save_file(tensors, uneven / "model.safetensors", metadata={"format": "pt"})
+    eight = {"bits": 8, "group_size": 16}
+    ctx = run("Awq", uneven, tmp_path / "eight", **eight, **CALIBRATED)
+    ids = torch.tensor(PROMPTS[:1])
+    p = load_model(uneven, dtype="float32")(ids).logits.log_softmax(-1)
+
+    def kl(folder: Path) -> float:
+        with torch.inference_mode():
+            q = load_model(folder, dtype="float32")(ids).logits.log_softmax(-1)
+            return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert kl(ctx.out) < 2 * kl(run("Rtn", uneven, tmp_path / "rtn", **eight).out)
+    assert any(row["ratio"] > 0 for row in ctx.facts["layers"])
+    stored = load_file(ctx.out / "model.safetensors")
+    norms = [name for name in tensors if name.endswith("layernorm.weight")]
+    assert any(not torch.equal(stored[name], tensors[name]) for name in norms)
+
+
+@pytest.mark.parametrize("method", ["Gptq", "Awq"])
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(
+    method: str, phi3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(method, phi3, tmp_path / "whole", **CALIBRATED)
     plain = layers.LayerStream.sweep
 
     def killed(self: Any, number: int, *rest: Any) -> None:
@@ -147,14 +180,18 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
 
     monkeypatch.setattr(layers.LayerStream, "sweep", killed)
     with pytest.raises(KeyboardInterrupt):
-        run("Gptq", phi3, tmp_path / "killed", **CALIBRATED)
+        run(method, phi3, tmp_path / "killed", **CALIBRATED)
     monkeypatch.undo()
-    resumed = run("Gptq", phi3, tmp_path / "killed", **CALIBRATED)
+    resumed = run(method, phi3, tmp_path / "killed", **CALIBRATED)
     assert resumed.facts["layers_from_journal"] == 1
     assert [row["name"] for row in resumed.facts["layers"]] == [row["name"] for row in whole.facts["layers"]]
     ours, theirs = (load_file(ctx.out / "model.safetensors") for ctx in (resumed, whole))
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    if method == "Gptq":
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # Awq goes on from the folded form, whose sums round differently: a weight between two codes may turn
+    codes = [name for name in ours if name.endswith(".qweight")]
+    assert all(float((ours[name] != theirs[name]).float().mean()) < 0.02 for name in codes)
 
 
 class _Collect:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
+from olive.quantization.awq import best_scale, quantise_scaled
 from olive.quantization.errors import output_error, weight_error
 from olive.quantization.gptq import gptq, refit
 from olive.quantization.grid import Grid, Quantised, round_to_nearest
 from olive.quantization.hessian import Moments, inverse_factor, ridge
+from olive.quantization.hqq import hqq, lp_error
 from olive.quantization.k_quant import magnitudes, search
 
 
@@ -196,3 +198,28 @@ def test_errors_are_shares() -> None:
     assert weight_error(weight, half) == pytest.approx(0.25, rel=1e-6)
     assert output_error(weight, half, x.T @ x) == pytest.approx(0.25, rel=1e-4)
     assert weight_error(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
+
+
+def test_the_lp_norm_falls_below_that_of_the_squared_search() -> None:
+    """With heavy tails, on which the norms differ; block by block, since each keeps the best it had."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(64, 256, generator=generator) * 0.02
+    weight *= 1 + 6 * (torch.rand(64, 256, generator=generator) > 0.97)
+    for kind in ("asymmetric", "full_range"):
+        grid = Grid(4, 32, kind)
+        ours, plain = hqq(weight, grid, p=0.7), search(weight, grid)
+        errors = lp_error(weight, ours, 0.7), lp_error(weight, plain, 0.7)
+        assert bool((errors[0] <= errors[1]).all())
+        assert float(errors[0].sum()) < 0.99 * float(errors[1].sum())
+
+
+def test_awq_takes_error_off_the_output() -> None:
+    weight, moments = weights(), Moments(256)
+    moments.add(inputs())
+    sums, energy = moments.sums, moments.diagonal
+    scale, ratio = best_scale([weight], [Grid()], sums, energy, steps=10)
+    made = quantise_scaled(weight, scale, energy, Grid(), None).dequantise() / scale
+    plain = search(weight, Grid(), energy / energy.mean()).dequantise()
+    assert ratio > 0
+    assert float((scale.max() * scale.min()).sqrt()) == pytest.approx(1, rel=1e-4)
+    assert output_error(weight, made, sums) < output_error(weight, plain, sums)

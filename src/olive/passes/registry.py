@@ -24,6 +24,8 @@ _TABLE: dict[str, str] = {
     "Rtn": "olive.passes.quantize.rtn:Rtn",
     "KQuant": "olive.passes.quantize.k_quant:KQuant",
     "Gptq": "olive.passes.quantize.gptq:Gptq",
+    "Awq": "olive.passes.quantize.awq:Awq",
+    "Hqq": "olive.passes.quantize.hqq:Hqq",
     "ModelBuilder": "olive.passes.export.model_builder:ModelBuilder",
 }
 

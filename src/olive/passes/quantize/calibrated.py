@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from olive.config.workflow import Accelerator
@@ -30,7 +31,43 @@ if TYPE_CHECKING:
     from olive.quantization.hessian import Moments
 
 P = TypeVar("P", bound=CalibrationParams)
-Made = tuple["Quantised", dict[str, Any]]
+
+
+@dataclass(slots=True)
+class Made:
+    """A quantised layer.
+
+    Attributes:
+        one: what is stored.
+        facts: for the table; ``fallback`` among them where the layer's inputs were of no use.
+        expanded: float32 (rows, columns), what it stands for on the inputs as they are now; None where that
+            is what ``one`` stands for.
+    """
+
+    one: Quantised
+    facts: dict[str, Any] = field(default_factory=dict)
+    expanded: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class Work:
+    """A decoder layer in the making.
+
+    Attributes:
+        tensors: the original weights.
+        chosen: layers to quantise, and how.
+        device: where weights are computed on, ``cpu`` or ``gpu``.
+        model_type: of the model's config.
+        made: layers quantised so far.
+        replaced: float32 tensors that are not quantised and change all the same, by name.
+    """
+
+    tensors: LazyTensors
+    chosen: Mapping[str, Layer]
+    device: str
+    model_type: str
+    made: dict[str, tuple[Layer, Quantised]] = field(default_factory=dict)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Calibrated(Quantiser[P]):
@@ -106,7 +143,7 @@ class Calibrated(Quantiser[P]):
             shelf.put(
                 "head",
                 {HEAD: (chosen[HEAD], one)},
-                [measure(HEAD, chosen[HEAD], weight, one, began, moments)],
+                [measure(HEAD, chosen[HEAD], weight, one.dequantise(), began, moments)],
             )
 
     def _layer(
@@ -120,40 +157,42 @@ class Calibrated(Quantiser[P]):
         ctx: PassContext,
     ) -> None:
         with stream.layer(number) as layer:
-            if names and not shelf.take(f"layer-{number}"):
-                made: dict[str, tuple[Layer, Quantised]] = {}
-                rows: list[Row] = []
-
-                def quantise(group: Group, modules: Mapping[str, nn.Linear]) -> None:
-                    for name, module in modules.items():
-                        if name not in chosen:
-                            continue
-                        began = time.perf_counter()
-                        weight = read_weight(stream.tensors, name, ctx.accelerator.device)
-                        one, more = self.solve(weight, chosen[name], group, params)
-                        made[name] = chosen[name], one
-                        rows.append(measure(name, chosen[name], weight, one, began, group.moments, **more))
-                        if "fallback" in more:
-                            ctx.progress.note(f"{name}: {more['fallback']}; searched without its inputs")
-                        module.weight.data.copy_(one.dequantise())
-
-                stream.sweep(number, layer, quantise)
-                for name in (name for name in names if name not in made):  # never called in the forward pass
-                    began = time.perf_counter()
-                    weight = read_weight(stream.tensors, name, ctx.accelerator.device)
-                    made[name] = chosen[name], self.quantise(weight, chosen[name], params)
-                    rows.append(measure(name, chosen[name], weight, made[name][1], began))
-                shelf.put(f"layer-{number}", made, rows)
-            else:
+            if not names or shelf.take(f"layer-{number}"):
                 stream.restore(number, layer, names, shelf, chosen)
+                return
+            work = Work(stream.tensors, chosen, ctx.accelerator.device, stream.model_type)
+            rows: list[Row] = []
+
+            def quantise(group: Group, modules: Mapping[str, nn.Linear]) -> None:
+                for name, module in modules.items():
+                    if name not in chosen:
+                        continue
+                    began = time.perf_counter()
+                    weight = read_weight(stream.tensors, name, work.device)
+                    made = self.solve(name, weight, chosen[name], group, params, work)
+                    work.made[name] = chosen[name], made.one
+                    expanded = made.one.dequantise() if made.expanded is None else made.expanded
+                    rows.append(
+                        measure(name, chosen[name], weight, expanded, began, group.moments, **made.facts)
+                    )
+                    if "fallback" in made.facts:
+                        ctx.progress.note(f"{name}: {made.facts['fallback']}; searched without its inputs")
+                    module.weight.data.copy_(expanded)
+
+            stream.sweep(number, layer, quantise)
+            for name in (name for name in names if name not in work.made):  # never called in the forward pass
+                began = time.perf_counter()
+                weight = read_weight(stream.tensors, name, work.device)
+                one = self.quantise(weight, chosen[name], params)
+                work.made[name] = chosen[name], one
+                rows.append(measure(name, chosen[name], weight, one.dequantise(), began))
+            shelf.put(f"layer-{number}", work.made, rows, work.replaced)
 
     @abstractmethod
-    def solve(self, weight: torch.Tensor, layer: Layer, group: Group, params: P) -> Made:
-        """Quantise one (rows, columns) float32 matrix that reads the inputs of ``group``.
-
-        Returns:
-            The matrix, and facts for the table; ``fallback`` among them where the inputs were of no use.
-        """
+    def solve(
+        self, name: str, weight: torch.Tensor, layer: Layer, group: Group, params: P, work: Work
+    ) -> Made:
+        """Quantise the (rows, columns) float32 weight of layer ``name``, which reads inputs of ``group``."""
 
     def quantise(self, weight: torch.Tensor, layer: Layer, params: P) -> Quantised:
         """Without inputs: the search, weighted by magnitude."""

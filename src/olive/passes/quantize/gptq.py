@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import AliasChoices, Field
 
 from olive.models.quantised import Layer
-from olive.passes.quantize.calibrated import Calibrated, Made
+from olive.passes.quantize.calibrated import Calibrated, Made, Work
 from olive.passes.quantize.calibration import CalibrationParams
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ class Gptq(Calibrated["Gptq.Params"]):
         """The drift is a difference from the unchanged model."""
         return params.drift > 0
 
-    def solve(self, weight: torch.Tensor, layer: Layer, group: Group, params: Params) -> Made:
+    def solve(
+        self, name: str, weight: torch.Tensor, layer: Layer, group: Group, params: Params, work: Work
+    ) -> Made:
         """Quantise one matrix."""
         from olive.quantization.gptq import gptq, refit
         from olive.quantization.k_quant import search
@@ -61,14 +63,14 @@ class Gptq(Calibrated["Gptq.Params"]):
         grid = layer.grid
         solver = _solver(group, params)
         if solver is None:
-            return self.quantise(weight, layer, params), {
-                "fallback": "its inputs are NaN, infinite or all zero"
-            }
+            why = "its inputs are NaN, infinite or all zero"
+            return Made(self.quantise(weight, layer, params), {"fallback": why})
         aim = weight if solver.shift is None else weight + params.drift * (weight @ solver.shift)
         energy = group.moments.diagonal
         start = search(aim, grid, energy / energy.mean())
         facts: dict[str, Any] = {} if solver.damping == params.damp_percent else {"damping": solver.damping}
-        return refit(aim, gptq(aim, solver.factor, solver.order, start), solver.damped), facts
+        swept = gptq(aim, solver.factor, solver.order, start)
+        return Made(refit(aim, swept, solver.damped), facts)
 
 
 class _Solver:

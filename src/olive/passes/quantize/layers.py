@@ -96,7 +96,9 @@ class LayerStream:
     ) -> None:
         self.tensors, self.device, self.paired = tensors, torch.device(device), paired
         self.model = skeleton(folder)
-        self.prefix, self.layers = _decoder_layers(self.model, read_json(folder / "config.json"))
+        config = read_json(folder / "config.json")
+        self.model_type = str(config.get("model_type", ""))
+        self.prefix, self.layers = _decoder_layers(self.model, config)
         self.real: list[torch.Tensor] = []
         self.now: list[torch.Tensor] = []
         self.before: list[torch.Tensor] = []
@@ -170,6 +172,11 @@ class LayerStream:
             module = layer.get_submodule(name.removeprefix(f"{self.prefix}.{number}."))
             if isinstance(module, nn.Linear):
                 module.weight.data.copy_(shelf.expanded(name, chosen[name], module.in_features))
+        for name in shelf.replaced:
+            if name.startswith(f"{self.prefix}.{number}."):
+                layer.get_parameter(name.removeprefix(f"{self.prefix}.{number}.")).data.copy_(
+                    shelf.load(name)
+                )
         self.advance(number, layer, original)
 
     @torch.no_grad()

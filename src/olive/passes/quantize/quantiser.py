@@ -118,7 +118,7 @@ class Quantiser(Pass[P]):
                     weight = read_weight(tensors, name, ctx.accelerator.device)
                     one = self.quantise(weight, chosen[name], params)
                     made[name] = chosen[name], one
-                    rows.append(measure(name, chosen[name], weight, one, began))
+                    rows.append(measure(name, chosen[name], weight, one.dequantise(), began))
                 shelf.put(unit, made, rows)
             ctx.progress.update(done)
         ctx.progress.finish()
@@ -162,15 +162,14 @@ def measure(
     name: str,
     layer: Layer,
     weight: torch.Tensor,
-    one: Quantised,
+    expanded: torch.Tensor,
     began: float,
     moments: Moments | None = None,
     **more: Any,
 ) -> Row:
-    """What the report says of a layer."""
+    """What the report says of a layer; ``expanded`` is what its integers stand for."""
     from olive.quantization.errors import output_error, weight_error
 
-    expanded = one.dequantise()
     row: Row = {
         "name": name,
         "bits": layer.bits,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olive.models.quantised import Layer
+from olive.store.integrity import FILES
 from olive.store.journal import Journal
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Shelf:
 
     Attributes:
         rows: what was measured of each layer, in order.
+        replaced: names of tensors that are not quantised and change all the same.
         resumed: units that an earlier run had finished.
     """
 
@@ -33,6 +35,7 @@ class Shelf:
         self._journal = journal
         self._where: dict[str, Path] = {}
         self.rows: list[Row] = []
+        self.replaced: set[str] = set()
         self.resumed = 0
 
     def take(self, unit: str) -> bool:
@@ -40,12 +43,18 @@ class Shelf:
         found = Journal(self._journal.path / unit).newest()
         if found is None:
             return False
-        self._keep(found.path, found.state["layers"])
+        self._keep(found.path, found.state)
         self.resumed += 1
         return True
 
-    def put(self, unit: str, layers: Mapping[str, tuple[Layer, Quantised]], rows: list[Row]) -> None:
-        """Pack and keep the layers of a unit."""
+    def put(
+        self,
+        unit: str,
+        layers: Mapping[str, tuple[Layer, Quantised]],
+        rows: list[Row],
+        replaced: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Pack and keep the layers of a unit, and float32 tensors of it that take the place of others."""
         from safetensors.torch import save_file
 
         tensors = {
@@ -53,14 +62,19 @@ class Shelf:
             for name, (layer, one) in layers.items()
             for key, value in packed(name, layer, one).items()
         }
+        tensors |= {name: value.cpu().contiguous() for name, value in (replaced or {}).items()}
         journal = Journal(self._journal.path / unit)
-        journal.commit(1, lambda folder: save_file(tensors, folder / _FILE), {"layers": rows})
-        self._keep(journal.path / "ckpt-1" / "files", rows)
+        state = {"layers": rows, "replaced": sorted(replaced or {})}
+        journal.commit(1, lambda folder: save_file(tensors, folder / _FILE), state)
+        self._keep(journal.path / "ckpt-1" / FILES, state)
 
-    def _keep(self, folder: Path, rows: list[Row]) -> None:
-        self.rows += rows
-        for row in rows:
-            self._where[row["name"]] = folder / _FILE
+    def _keep(self, folder: Path, state: dict[str, Any]) -> None:
+        self.rows += state["layers"]
+        self.replaced |= set(state["replaced"])
+        for name in [row["name"] for row in state["layers"]]:
+            self._where[name] = folder / _FILE
+        for name in state["replaced"]:
+            self._where[name.rpartition(".")[0]] = folder / _FILE
 
     def __contains__(self, name: str) -> bool:
         return name in self._where

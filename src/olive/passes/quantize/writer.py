@@ -43,11 +43,14 @@ def write_folder(
             layer = HEAD if shared and name == f"{EMBEDDING}.weight" else name.removesuffix(".weight")
             if layer in chosen:
                 planned |= layout(layer, chosen[layer], *tensors.shape(name))
+            elif name in shelf.replaced:
+                planned[name] = ("F32", tensors.shape(name))
             else:
                 planned[name] = tensors.layout[name]
 
         def load(name: str) -> torch.Tensor:
-            return tensors[name] if name in tensors else shelf.load(name)
+            plain = name in tensors and name not in shelf.replaced
+            return tensors[name] if plain else shelf.load(name)
 
         total += write(out / file, planned, load)
         table.update(dict.fromkeys(planned, file))
