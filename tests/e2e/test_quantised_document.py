@@ -97,6 +97,31 @@ def test_the_document_gives_a_quantised_model(tmp_path: Path, quantise: dict[str
     assert all(step["cached"] for step in json.loads((tmp_path / "out" / "run.json").read_text())["steps"])
 
 
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        (
+            {"q": {"type": "Rtn"}, "e": {"type": "ModelBuilder", "precision": "fp32"}},
+            "precision fp32 would undo",
+        ),
+        ({"q": {"type": "Rtn"}, "k": {"type": "KQuant"}}, "KQuant takes a model in floating point"),
+        (
+            {"q": {"type": "Rtn"}, "l": {"type": "LoRA", "train_data_config": "train"}},
+            "LoRA takes a model in",
+        ),
+    ],
+)
+def test_what_cannot_follow_integers_is_refused_at_plan(
+    tmp_path: Path, passes: dict[str, Any], message: str
+) -> None:
+    path = document(tmp_path, {"type": "Rtn"})
+    body = json.loads(path.read_text()) | {"passes": passes}
+    path.write_text(json.dumps(body))
+    planned = olive("plan", "--config", "document.json", cwd=tmp_path)
+    assert planned.returncode == 2
+    assert message in " ".join((planned.stdout + planned.stderr).split())
+
+
 def test_calibration_without_data_is_refused_at_plan(tmp_path: Path) -> None:
     path = document(tmp_path, {"type": "Gptq"})
     body = json.loads(path.read_text())

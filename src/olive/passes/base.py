@@ -95,6 +95,7 @@ class Pass(ABC, Generic[P]):
         gates: gates that hold what it makes, in order.
         hardware: what of the hardware its result depends on: ``device``, ``training_dtype``,
             ``execution_provider``; these are part of the cache key.
+        makes_integers: whether the weights it makes are integers, which most passes cannot go on from.
     """
 
     Params: ClassVar[type[PassParams]]
@@ -104,6 +105,7 @@ class Pass(ABC, Generic[P]):
     libraries: ClassVar[tuple[str, ...]] = ()
     gates: ClassVar[tuple[str, ...]] = ()
     hardware: ClassVar[tuple[str, ...]] = ()
+    makes_integers: ClassVar[bool] = False
 
     def check(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
@@ -113,6 +115,13 @@ class Pass(ABC, Generic[P]):
         ``accelerator`` is the host's; the target's for a pass that declares ``execution_provider``.
         """
         return ()
+
+    def check_integers(self, params: P) -> Iterable[Problem]:
+        """What is wrong with this pass after one that makes integers; found without a heavy import."""
+        yield Problem(
+            f"{type(self).__name__} takes a model in floating point, and a pass before it makes integers",
+            fix="Put the quantising pass after it.",
+        )
 
     def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
         """Expected peak memory, disk and time; ``data`` counts the rows and tokens of each data config."""

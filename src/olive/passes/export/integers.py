@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olive.errors import PassFailed
+from olive.errors import PassFailed, Problem
 from olive.models.hf import read_json
 from olive.models.quantised import EMBEDDING, HEAD, METHOD, Layer, layer_of, method_of
 from olive.models.stream import LazyTensors
@@ -31,6 +31,19 @@ def stored_as_integers(folder: Path) -> bool:
     return method_of(read_json(folder / "config.json")) == METHOD
 
 
+def check_precision(precision: str) -> list[Problem]:
+    """Whether an export in ``precision`` keeps integers."""
+    if precision in ("int4", "int8"):
+        return []
+    return [
+        Problem(
+            f"the model is stored as integers, and precision {precision} would undo that",
+            where="precision",
+            fix="Use int4 (or int8), or leave the quantising pass out.",
+        )
+    ]
+
+
 def check(folder: Path, precision: str) -> None:
     """Refuse what the builder cannot take over.
 
@@ -38,12 +51,8 @@ def check(folder: Path, precision: str) -> None:
         PassFailed: a precision without integers, or layers it has no operator for.
     """
     config = read_json(folder / "config.json")
-    if precision not in ("int4", "int8"):
-        raise PassFailed(
-            f"the model is stored as integers, and precision {precision} would undo that",
-            where=f"{_WHERE}.precision",
-            fix="Use int4 (or int8), or leave the quantising pass out.",
-        )
+    if problems := check_precision(precision):
+        raise PassFailed(problems=problems)
     tensors = LazyTensors(folder)
     for name in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
         if (group := layer_of(config, name).group_size) < 16 or group & (group - 1):

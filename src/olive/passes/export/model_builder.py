@@ -22,6 +22,7 @@ from olive.hardware.memory import release_memory
 from olive.hardware.tested import TESTED, version_tuple
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import copy_tokenizer, describe
+from olive.models.quantised import METHOD, method_of
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.export import builder_source, integers
 from olive.passes.export.k_quant import k_quant_in_parts
@@ -148,12 +149,18 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
                 where=_WHERE,
                 fix=f"Use one of {', '.join(_PRECISIONS[provider])}.",
             )
+        if method_of(model.config) == METHOD:
+            yield from self.check_integers(params)
         source = builder_source.read()
         if source is not None:
             yield from _check_architecture(model, source)
             yield from _check_options(params, source)
         yield from _check_search(params, machine)
         yield from _check_blocks(model, params)
+
+    def check_integers(self, params: Params) -> Iterable[Problem]:
+        """Integers stay what they are, in an export of integers."""
+        return integers.check_precision(params.precision)
 
     def estimate(
         self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]

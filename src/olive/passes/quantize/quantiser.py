@@ -43,6 +43,7 @@ class Quantiser(Pass[P]):
     libraries = ("torch", "safetensors", "transformers", "accelerate")
     gates = ("parity",)
     hardware = ("execution_provider",)
+    makes_integers = True
 
     def check(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
