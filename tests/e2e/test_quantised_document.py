@@ -92,6 +92,9 @@ def test_the_document_gives_a_quantised_model(tmp_path: Path, quantise: dict[str
     assert {("quantise", "parity"), ("export", "parity"), ("export", "bundle")} <= gates
     exported = next(gate for gate in steps["export"]["gates"] if gate["gate"] == "parity")
     assert exported["figures"]["kl"] < 0.02  # the same integers; activations in int8
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "9 layers: errors as shares" in report
+    assert "model.layers.1.mlp.down_proj" in report
     again = olive("run", "--config", "document.json", cwd=tmp_path)
     assert again.returncode == 0
     assert all(step["cached"] for step in json.loads((tmp_path / "out" / "run.json").read_text())["steps"])

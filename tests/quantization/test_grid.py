@@ -122,13 +122,6 @@ def test_no_error_is_above_half_a_step(bits: int) -> None:
     assert float((error / scales[..., None]).max()) <= 0.5 + 1e-3
 
 
-def test_bytes_are_those_of_the_packed_tensors() -> None:
-    for bits, block in itertools.product((2, 4, 8), (16, 32, 128)):
-        ours = round_to_nearest(matrix(), Grid(bits, block))
-        total = sum(t.nbytes for t in (pack(ours.codes, bits), ours.scales, pack(ours.zeros, bits)))
-        assert total == ours.grid.bytes_of(12, 1024)
-
-
 @pytest.mark.parametrize("given", [{"bits": 5}, {"block": 0}, {"kind": "symmetric", "float_zero": True}])
 def test_grids_that_make_no_sense_are_refused(given: dict) -> None:
     with pytest.raises(ValueError, match=r"bits|block|zero"):

@@ -8,14 +8,13 @@ is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 Kind = Literal["asymmetric", "symmetric", "full_range"]
 
-_TINY = 1e-30
 _BELOW_HALF = 0.49999997  # the largest float32 below 0.5: added and cut off, it rounds halves away from zero
 
 
@@ -67,14 +66,6 @@ class Grid:
             raise ValueError(f"rows of {columns} weights do not divide into blocks of {width}")
         return width
 
-    def bytes_of(self, rows: int, columns: int, scale_bytes: int = 4) -> int:
-        """Bytes of a matrix as MatMulNBits stores it."""
-        blocks = columns // self.width(columns)
-        zeros = 0
-        if self.kind == "asymmetric":
-            zeros = blocks * scale_bytes if self.float_zero else -(-blocks * self.bits // 8)
-        return rows * (-(-columns * self.bits // 8) + blocks * scale_bytes + zeros)
-
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
@@ -98,11 +89,6 @@ class Quantised:
         blocks = self.codes.view(rows, self.scales.shape[1], -1).float()
         zeros = float(self.grid.middle) if self.zeros is None else self.zeros.float()[..., None]
         return ((blocks - zeros) * self.scales[..., None]).view(rows, columns)
-
-    def to(self, device: torch.device | str) -> Quantised:
-        """The same on another device."""
-        zeros = None if self.zeros is None else self.zeros.to(device)
-        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros)
 
 
 def fit(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:

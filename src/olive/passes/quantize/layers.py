@@ -96,6 +96,9 @@ class LayerStream:
     ) -> None:
         self.tensors, self.device, self.paired = tensors, torch.device(device), paired
         self.model = skeleton(folder)
+        for module in self.model.modules():  # frequencies of rotary embeddings
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self.device)
         config = read_json(folder / "config.json")
         self.model_type = str(config.get("model_type", ""))
         self.prefix, self.layers = _decoder_layers(self.model, config)

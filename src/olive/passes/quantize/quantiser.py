@@ -42,7 +42,7 @@ class Quantiser(Pass[P]):
     produces: ClassVar[Kind] = Kind.HF
     libraries = ("torch", "safetensors", "transformers", "accelerate")
     gates = ("parity",)
-    hardware = ("execution_provider",)
+    hardware = ("device", "execution_provider")
     makes_integers = True
 
     def check(
