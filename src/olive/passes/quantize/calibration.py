@@ -31,7 +31,7 @@ class CalibrationParams(QuantizeParams):
         json_schema_extra={"reference": "data_configs", "inherits": "train_data_config"},
     )
     calibration_tokens: int = Field(
-        32_768,
+        16_384,
         ge=MINIMUM,
         description="Tokens to calibrate on; rows are drawn at random until there are as many.",
     )
