@@ -155,3 +155,20 @@ def test_one_tile_a_metric() -> None:
 def test_a_change_too_small_to_show_is_none() -> None:
     one = Score(metric="size", name="bytes", value=411_100, unit="bytes", higher_is_better=False)
     assert figures.trend(one, one.model_copy(update={"value": 411_101})) == "same"
+
+
+def test_the_layers_of_a_quantisation_are_a_table() -> None:
+    rows = [
+        {"name": "model.layers.0.mlp.down_proj", "bits": 4, "group_size": 32, "weight_error": 0.0075,
+         "output_error": 0.00049, "seconds": 0.6},
+        {"name": "lm_head", "bits": 8, "group_size": -1, "weight_error": 2e-5, "seconds": 1.0,
+         "fallback": "its inputs are NaN, infinite or all zero"},
+    ]  # fmt: skip
+    result = fake.result()
+    step = result.steps[0].model_copy(update={"type": "Gptq", "facts": {"layers": rows}, "series": {}})
+    table = figures.layers(step)
+    assert table[0] == ("model.layers.0.mlp.down_proj", "4", "32", "0.75%", "0.05%", "0.60", "")
+    assert table[1][2:5] == ("row", "0.00%", "")
+    assert table[1][-1].startswith("its inputs")
+    assert figures.layers(result.steps[0]) == []
+    assert "quantised with Gptq" in figures.headline(result.model_copy(update={"steps": (step,)}))

@@ -34,6 +34,19 @@ class PassParams(Frozen):
                 found[name] = section
         return found
 
+    @classmethod
+    def inherited(cls) -> dict[str, str]:
+        """Field that is left out -> the field of a pass before it whose value it takes then.
+
+        Declared with ``json_schema_extra={"inherits": "train_data_config"}``.
+        """
+        found: dict[str, str] = {}
+        for name, field in cls.model_fields.items():
+            source = _extra(field).get("inherits")
+            if isinstance(source, str):
+                found[name] = source
+        return found
+
 
 def _extra(field: FieldInfo) -> dict[str, Any]:
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}

@@ -28,9 +28,14 @@ ENTRY_KEYS = ("type", "host", "evaluator")
 TYPES_RENAMED: dict[str, str] = {
     "genaimodelexporter": "ModelBuilder",
     "mergeloraweights": "MergeAdapterWeights",
+    "gptqquantizer": "Gptq",
+    "gptqmodel": "Gptq",
+    "autoawqquantizer": "Awq",
 }
 TUNING = ("LoRA", "QLoRA", "DoRA", "LoHa", "LoKr", "LoftQ")
-RENAMED: dict[str, dict[str, str]] = {kind: {"lora_r": "r", "lora_alpha": "alpha"} for kind in TUNING}
+RENAMED: dict[str, dict[str, str]] = {kind: {"lora_r": "r", "lora_alpha": "alpha"} for kind in TUNING} | {
+    "Awq": {"q_group_size": "group_size", "w_bit": "bits"}
+}
 NEVER_LORA = "never had a meaning on LoRA; it belongs to QLoRA"
 ENTRY_WITHOUT_EFFECT: dict[str, str] = {
     "disable_search": "has no effect: there is no search in this version",
@@ -51,9 +56,28 @@ _TUNING_WITHOUT_EFFECT: dict[str, str] = {
     "user_script": "has no effect: no code of your own runs here",
     "script_dir": "has no effect: no code of your own runs here",
 }
+_LAYERS_FOUND = "has no effect: layers are found in the model"
+_QUANTISERS_WITHOUT_EFFECT: dict[str, str] = {
+    "static_groups": "has no effect: groups are always fixed before the columns are rounded",
+    "true_sequential": "has no effect: layers are always quantised in the order they run",
+    "damp_auto_increment": "has no effect: damping grows by itself where it must",
+    "layers_block_name": _LAYERS_FOUND,
+    "outside_layer_modules": _LAYERS_FOUND,
+    "inside_layer_modules": _LAYERS_FOUND,
+    "mse": "has no effect: grids are always searched",
+    "device": "has no effect: the `host` says where a pass runs",
+    "version": "has no effect: there is one layout",
+    "export_compatible": "has no effect: what is made can always be exported",
+    "duo_scaling": "has no effect: the scale is searched by the energy of the inputs",
+    "input_model_dtype": "has no effect: weights are quantised in float32",
+    "user_script": "has no effect: no code of your own runs here",
+    "script_dir": "has no effect: no code of your own runs here",
+}
 WITHOUT_EFFECT: dict[str, dict[str, str]] = dict.fromkeys(TUNING, _TUNING_WITHOUT_EFFECT) | {
     "LoRA": _TUNING_WITHOUT_EFFECT
-    | dict.fromkeys(("double_quant", "quant_type", "compute_dtype", "save_quant_config"), NEVER_LORA)
+    | dict.fromkeys(("double_quant", "quant_type", "compute_dtype", "save_quant_config"), NEVER_LORA),
+    "Gptq": _QUANTISERS_WITHOUT_EFFECT,
+    "Awq": _QUANTISERS_WITHOUT_EFFECT,
 }
 # What a setting meant when Olive 0.6 and earlier were not told otherwise; written out where it differs today.
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -164,12 +188,26 @@ def _type(context: Context, entry: Node) -> bool:
     new = TYPES_RENAMED.get(kind.value.lower())
     if new in context.pass_names and canonical(kind, context.pass_names) is None:
         findings.note(f"`{kind.value}` is now `{new}`", kind.origin)
+        if new in ("Gptq", "Awq"):
+            _older_quantiser(context, entry)
         kind.value = new
     if canonical(kind, context.pass_names) is None:
         fix = did_you_mean(kind.value, context.pass_names)
         findings.error(f"this version has no pass called {kind.value!r}", kind.origin, fix)
         return False
     return True
+
+
+def _older_quantiser(context: Context, entry: Node) -> None:
+    """`zero_point` is the opposite of `sym`; blocks of 128 were the default."""
+    old = entry.members.get("zero_point")
+    if old is not None and isinstance(old.value, bool):
+        context.findings.note("`zero_point` is now `sym`, its opposite", old.origin)
+        del entry.value["zero_point"]
+        entry.value["sym"] = Node(not old.value, old.origin)
+    if not any(given(entry, key) for key in ("group_size", "q_group_size")):
+        context.findings.note("not given, so kept as it was: group_size 128", entry.origin)
+        entry.value["group_size"] = Node(128, entry.origin)
 
 
 def _search_values(context: Context, entry: Node) -> None:

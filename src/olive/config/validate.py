@@ -66,11 +66,24 @@ def _passes(context: Context, broken: set[JsonPath]) -> dict[str, PassEntry] | N
         broken.add(("passes",))
         return None
     found: dict[str, PassEntry] = {}
+    earlier: dict[str, Any] = {}
     for name, entry in section.value.items():
         made = _entry(context, name, entry, broken)
         if made is not None:
-            found[name] = made
+            found[name] = _inherit(made, earlier)
     return found if len(found) == len(section.value) else None
+
+
+def _inherit(entry: PassEntry, earlier: dict[str, Any]) -> PassEntry:
+    """Fill parameters left out from those of the passes before; ``earlier`` holds the last of each."""
+    values = {name: getattr(entry.params, name) for name in type(entry.params).model_fields}
+    update = {
+        field: earlier[source]
+        for field, source in entry.params.inherited().items()
+        if values[field] is None and earlier.get(source) is not None
+    }
+    earlier.update({name: value for name, value in values.items() if value is not None})
+    return entry.model_copy(update={"params": entry.params.model_copy(update=update)}) if update else entry
 
 
 def _entry(context: Context, name: str, entry: Node, broken: set[JsonPath]) -> PassEntry | None:

@@ -300,6 +300,7 @@ def _held_out(workflow: Workflow, name: str) -> tuple[float, int | None]:
 
 def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) -> Iterator[Problem]:
     kind = Kind.ADAPTER if workflow.input_model.adapter_path else Kind.HF
+    integers = False
     for name, entry in workflow.passes.items():
         technique: Pass[Any] = resolve(entry.type)()
         where = f"passes.{name}"
@@ -315,7 +316,12 @@ def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) 
                     else ", or put MergeAdapterWeights before it."
                 ),
             )
+        if integers:
+            for problem in technique.check_integers(entry.params):
+                located = where if problem.where is None else f"{where}.{problem.where}"
+                yield Problem(problem.message, located, problem.fix, problem.severity, problem.exit_code)
         kind = technique.produces
+        integers = technique.makes_integers
         missing = [name for name in technique.libraries if library_version(name, machine) is None]
         if missing:
             ours = type(technique).__module__.startswith("olive.")

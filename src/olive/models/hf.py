@@ -18,6 +18,7 @@ from olive.hardware.probe import installed, probe
 from olive.hardware.products import choose_products
 from olive.hardware.tested import version_tuple
 from olive.models.artifact import Kind, ModelInfo
+from olive.models.quantised import METHOD, method_of
 from olive.models.tensors import read_header, read_tensors
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def load_model(
 
     Args:
         folder: a local folder.
-        dtype: of the weights in memory.
+        dtype: of the weights in memory; of a model stored as integers, what they are expanded to.
         device: ``cpu``, ``cuda``, ``gpu`` (the same) or ``cuda:N``.
         attn_implementation: as transformers names it; None for the model's own default.
         trust_remote_code: run the folder's own code; ignored when transformers has the architecture itself.
@@ -184,6 +185,11 @@ def load_model(
 
         machine = probe()
         choose_products(machine.cpu, machine.cpu_features)
+        if method_of(info.config) == METHOD:
+            from olive.models.skeleton import load_expanded
+
+            expanded = load_expanded(folder, dtype, attn_implementation)
+            return expanded.to("cuda" if device == "gpu" else device)
         options: dict[str, Any] = {_dtype_argument(): getattr(torch, dtype), "low_cpu_mem_usage": True}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation

@@ -121,6 +121,7 @@ class Pass(ABC, Generic[P]):
             ``execution_provider``; these are part of the cache key.
         pairs: whether it reads its data as pairs of a preferred and a rejected answer.
         strategies: how several processes may share the model while they run it together.
+        makes_integers: whether the weights it makes are integers, which most passes cannot go on from.
     """
 
     Params: ClassVar[type[PassParams]]
@@ -132,6 +133,7 @@ class Pass(ABC, Generic[P]):
     hardware: ClassVar[tuple[str, ...]] = ()
     pairs: ClassVar[bool] = False
     strategies: ClassVar[tuple[str, ...]] = ("ddp", "fsdp")
+    makes_integers: ClassVar[bool] = False
 
     def check(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
@@ -141,6 +143,13 @@ class Pass(ABC, Generic[P]):
         ``accelerator`` is the host's; the target's for a pass that declares ``execution_provider``.
         """
         return ()
+
+    def check_integers(self, params: P) -> Iterable[Problem]:
+        """What is wrong with this pass after one that makes integers; found without a heavy import."""
+        yield Problem(
+            f"{type(self).__name__} takes a model in floating point, and a pass before it makes integers",
+            fix="Put the quantising pass after it.",
+        )
 
     def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
         """Expected peak memory, disk and time; ``data`` counts the rows and tokens of each data config."""

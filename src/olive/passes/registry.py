@@ -23,6 +23,11 @@ _TABLE: dict[str, str] = {
     "ORPO": "olive.passes.finetune.orpo:ORPO",
     "FullFinetune": "olive.passes.finetune.full:FullFinetune",
     "MergeAdapterWeights": "olive.passes.adapters.merge:MergeAdapterWeights",
+    "Rtn": "olive.passes.quantize.rtn:Rtn",
+    "KQuant": "olive.passes.quantize.k_quant:KQuant",
+    "Gptq": "olive.passes.quantize.gptq:Gptq",
+    "Awq": "olive.passes.quantize.awq:Awq",
+    "Hqq": "olive.passes.quantize.hqq:Hqq",
     "ModelBuilder": "olive.passes.export.model_builder:ModelBuilder",
 }
 

@@ -206,6 +206,8 @@ def headline(result: RunResult) -> str:
             parts.append(f"fine-tuned with {step.type}")
         elif step.type == "MergeAdapterWeights":
             parts.append("merged")
+        elif layers(step):
+            parts.append(f"quantised with {step.type}")
         elif step.type == "ModelBuilder":
             parts.append(f"exported to {params(result, step).get('precision', '')} ONNX".replace("  ", " "))
         else:
@@ -284,6 +286,28 @@ def facts(step: StepResult) -> list[tuple[str, str]]:
         elif isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
             found.append((name.replace("_", " "), ", ".join(value)))
     return found
+
+
+LAYER_COLUMNS = ("layer", "bits", "block", "weight error", "output error", "seconds", "")
+
+
+def layers(step: StepResult) -> list[tuple[str, ...]]:
+    """Of a quantisation the table of its layers, under ``LAYER_COLUMNS``; empty for other steps."""
+    rows = step.facts.get("layers")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "weight_error" in row for row in rows):
+        return []
+    return [
+        (
+            str(row["name"]),
+            str(row["bits"]),
+            "row" if row["group_size"] == -1 else str(row["group_size"]),
+            f"{row['weight_error']:.2%}",
+            f"{row['output_error']:.2%}" if "output_error" in row else "",
+            f"{row['seconds']:.2f}",
+            str(row.get("fallback", "")),
+        )
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True, slots=True)

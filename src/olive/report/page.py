@@ -44,6 +44,7 @@ class StepView:
     cached: bool
     key: str
     facts: list[tuple[str, str]]
+    layers: list[tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ def view(result: RunResult) -> dict[str, Any]:
         "sizes": sizes(result),
         "gates": gates(result),
         "steps": steps(result),
+        "layer_columns": figures.LAYER_COLUMNS,
         "findings": sorted(result.findings, key=lambda item: _ORDER.get(item.severity, 3)),
         "machine": machine(result),
         "versions": sorted(result.versions.items()),
@@ -124,6 +126,7 @@ def steps(result: RunResult) -> list[StepView]:
             cached=step.cached,
             key=step.key[:12],
             facts=figures.facts(step),
+            layers=figures.layers(step),
         )
         for step in result.steps
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from olive.config.workflow import ParityGate
+from olive.engine.gates import quantised
 from olive.engine.gates.compare import Comparison, References, compare, probes, torch_logits
 from olive.engine.result import GateResult
 from olive.errors import PassFailed
@@ -26,6 +27,7 @@ _LIMITS = {
     "bf16": (1e-1, 0.85),
     "int8": (3e-1, 0.75),
     "int4": (2.0, 0.25),
+    "int2": (6.0, 0.05),
 }
 _WHERE = "ModelBuilder"
 _FLAT, _SHARP = 0.995, 0.97
@@ -49,7 +51,7 @@ def check(
 
     Args:
         before: Hugging Face model.
-        after: folder with genai_config.json.
+        after: folder with genai_config.json; or of a Hugging Face model whose weights became integers.
         settings: thresholds; those left out depend on the precision and catch what is broken.
         ctx: context of the export: target and precision.
         prompts: token ids.
@@ -58,19 +60,21 @@ def check(
     Raises:
         PassFailed: NaN, flat logits, a distance above its limit, or an answer that is stuck on one token.
     """
-    config = _read_config(after)
-    chosen = probes(prompts, int(config["vocab_size"]), settings.prompts)
     precision = str(ctx.attributes.get("precision", "fp32"))
-    expected = (known.take(before.path, chosen) if known else None) or _logits_of_source(before.path, chosen)
-    _check_source(expected, int(config["vocab_size"]), precision)
-    runtime = _Runtime(after, config, ctx.target.execution_provider)
-    found = compare(expected, map(runtime.logits, chosen))
-    answer = runtime.answer(chosen[0], _ANSWER)
     max_kl, min_top1 = _LIMITS.get(precision, _LIMITS["int4"])
     limits = {
         "kl": settings.max_kl or max_kl,
         "top1": min_top1 if settings.min_top1 is None else settings.min_top1,
     }
+    if not (after / "genai_config.json").is_file() and (after / "config.json").is_file():
+        return quantised.check(before, after, limits, settings, ctx, prompts, known)
+    config = _read_config(after)
+    chosen = probes(prompts, int(config["vocab_size"]), settings.prompts)
+    expected = (known.take(before.path, chosen) if known else None) or _logits_of_source(before.path, chosen)
+    _check_source(expected, int(config["vocab_size"]), precision)
+    runtime = _Runtime(after, config, ctx.target.execution_provider)
+    found = compare(expected, map(runtime.logits, chosen))
+    answer = runtime.answer(chosen[0], _ANSWER)
     _judge(found, limits, precision)
     stuck = _longest_run(answer) >= _STUCK
     if stuck and _longest_run(_answer_of_source(before.path, chosen[0])) < _STUCK:

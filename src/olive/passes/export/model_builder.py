@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import AliasChoices, Field
@@ -21,8 +22,9 @@ from olive.hardware.memory import release_memory
 from olive.hardware.tested import TESTED, version_tuple
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import copy_tokenizer, describe
+from olive.models.quantised import METHOD, method_of
 from olive.passes.base import Cost, Pass, PassContext
-from olive.passes.export import builder_source
+from olive.passes.export import builder_source, integers
 from olive.passes.export.k_quant import k_quant_in_parts
 from olive.passes.export.pages import pages_let_go
 from olive.passes.export.quiet import captured
@@ -147,12 +149,18 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
                 where=_WHERE,
                 fix=f"Use one of {', '.join(_PRECISIONS[provider])}.",
             )
+        if method_of(model.config) == METHOD:
+            yield from self.check_integers(params)
         source = builder_source.read()
         if source is not None:
             yield from _check_architecture(model, source)
             yield from _check_options(params, source)
         yield from _check_search(params, machine)
         yield from _check_blocks(model, params)
+
+    def check_integers(self, params: Params) -> Iterable[Problem]:
+        """Integers stay what they are, in an export of integers."""
+        return integers.check_precision(params.precision)
 
     def estimate(
         self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
@@ -173,9 +181,19 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
             PassFailed: the builder failed; the message ends with what it said.
         """
         provider = _PROVIDERS[ctx.target.execution_provider]
+        quantised = integers.stored_as_integers(model.path)
+        if quantised:
+            integers.check(model.path, params.precision)
         options = builder_options(params, tied(describe(model.path)))
         ctx.progress.start(f"export {params.precision}")
-        _build(model.path, ctx.out, params.precision, provider, options)
+        with ExitStack() as stack:
+            source = model.path
+            if quantised:
+                scratch = Path(stack.enter_context(TemporaryDirectory(prefix="olive-")))
+                source = stack.enter_context(integers.prepared(model.path, scratch / "model"))
+            _build(source, ctx.out, params.precision, provider, options)
+        if quantised:
+            integers.finish_head(ctx.out, model.path)
         ctx.progress.finish()
         copy_tokenizer(model.path, ctx.out)
         _finish(ctx.out, params.search)

@@ -1,0 +1,1 @@
+"""Weights to integers, in PyTorch's form of a model."""

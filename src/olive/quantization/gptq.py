@@ -1,0 +1,121 @@
+"""GPTQ: round column by column, and let the columns to come make up for each error.
+
+Frantar et al. 2022 (arXiv:2210.17323), with what practice added: grids fixed before the sweep, so that
+columns may be taken in order of their inputs' energy without an index of groups at run time; scales and zero
+points searched with that energy as the weight of each error.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from olive.quantization.grid import Quantised
+from olive.quantization.threads import one_thread_an_operation
+
+_TOGETHER = 16  # columns corrected one by one; larger spans in one product for all columns before them
+
+
+def gptq(
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    order: torch.Tensor,
+    start: Quantised,
+) -> Quantised:
+    """Choose codes on the grid of ``start`` so that the layer's output changes least.
+
+    Args:
+        weight: (rows, columns) float32.
+        factor: upper Cholesky factor of the inverse of the inputs' damped second moments, rows and columns in
+            ``order``.
+        order: int64 (columns,), in which columns are rounded.
+        start: scales and zero points of every block; its codes are not looked at.
+
+    Returns:
+        New codes, with the scales and zero points of ``start``.
+    """
+    grid = start.grid
+    rows, columns = weight.shape
+    # a column of the matrix is a row here, so that it lies in one piece
+    left = weight.T[order].contiguous()
+    block_of = torch.div(order, grid.width(columns), rounding_mode="floor")
+    scales = start.scales.T.contiguous()
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
+    middle = torch.full_like(scales, float(grid.middle))
+    zeros = middle if start.zeros is None else start.zeros.T.float().contiguous()
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+    errors = torch.empty_like(left)
+    lowest, top = (1 if grid.kind == "symmetric" else 0), grid.top
+    blocks, diagonal = block_of.tolist(), factor.diagonal().tolist()
+
+    def one_by_one(first: int, last: int) -> None:
+        part = left[first:last]
+        for i in range(last - first):
+            column, b = part[i], blocks[first + i]
+            code = torch.addcmul(zeros[b], column, inverse[b]).round_().clamp_(lowest, top)
+            codes[first + i] = code
+            error = torch.sub(column, code.sub_(zeros[b]).mul_(scales[b]), out=errors[first + i])
+            error.div_(diagonal[first + i])
+            if first + i + 1 < last:
+                part[i + 1 :].addr_(factor[first + i, first + i + 1 : last], error, alpha=-1.0)
+
+    def sweep(first: int, last: int) -> None:
+        if last - first <= _TOGETHER:
+            one_by_one(first, last)
+            return
+        half = first + (last - first + 1) // 2
+        sweep(first, half)
+        left[half:last].addmm_(factor[first:half, half:last].T, errors[first:half], alpha=-1.0)
+        sweep(half, last)
+
+    with one_thread_an_operation():
+        sweep(0, columns)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(columns, device=order.device)
+    return Quantised(grid, codes[back].T.contiguous(), start.scales, start.zeros)
+
+
+def refit(weight: torch.Tensor, start: Quantised, sums: torch.Tensor) -> Quantised:
+    """Fit the scales to the codes, block after block, so that the layer's output changes least.
+
+    With codes and the other scales fixed the error is a parabola in the scale of a block, for each row apart:
+    coordinate descent, of which every step is exact. One sweep over all blocks.
+
+    Args:
+        weight: (rows, columns) float32.
+        start: codes, scales and zero points.
+        sums: (columns, columns) second moments of the inputs, damped.
+
+    Returns:
+        New scales, of the signs they had, with the codes and zero points of ``start``.
+    """
+    grid = start.grid
+    rows, columns = weight.shape
+    width = grid.width(columns)
+    scales = start.scales.clone()
+    zeros = float(grid.middle) if start.zeros is None else start.zeros.float()[..., None]
+    codes = (start.codes.view(rows, -1, width).float() - zeros).view(rows, columns)
+    # what the error of a row costs, by column: (w - q) H
+    slope = (weight - (codes.view(rows, -1, width) * scales[..., None]).view(rows, columns)) @ sums
+
+    def one(block: int) -> None:
+        part = slice(block * width, (block + 1) * width)
+        own = codes[:, part]
+        curve = (own @ sums[part, part]).mul_(own).sum(1)
+        step = torch.where(curve > 0, (slope[:, part] * own).sum(1) / curve.clamp(min=1e-30), 0.0)
+        step = torch.where((scales[:, block] + step) * scales[:, block] > 0, step, 0.0)
+        scales[:, block] += step
+        own.mul_(step[:, None])  # from here on: by how much these weights moved
+
+    def sweep(first: int, last: int) -> None:
+        if last - first == 1:
+            one(first)
+            return
+        half = (first + last) // 2
+        sweep(first, half)
+        left, right = slice(first * width, half * width), slice(half * width, last * width)
+        slope[:, right].addmm_(codes[:, left], sums[left, right], alpha=-1.0)
+        sweep(half, last)
+
+    with one_thread_an_operation():
+        sweep(0, columns // width)
+    return Quantised(grid, start.codes, scales, start.zeros)

@@ -1,0 +1,67 @@
+"""Quantising passes in a document: older names, and calibration data taken from the fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from olive.config.loader import Loaded, load
+from olive.passes.registry import names, params_of
+
+LORA = {"type": "LoRA", "train_data_config": "second"}
+
+
+def loaded(passes: dict[str, Any]) -> Loaded:
+    data = [
+        {
+            "name": name,
+            "type": "HuggingfaceContainer",
+            "load_dataset_config": {"data_name": "json", "data_files": f"{name}.json", "split": "train"},
+        }
+        for name in ("first", "second")
+    ]
+    body = {"input_model": {"type": "HfModel", "model_path": "base"}, "data_configs": data, "passes": passes}
+    return load(body, params_of=params_of, pass_names=names())
+
+
+@pytest.mark.parametrize(
+    ("passes", "wanted"),
+    [
+        ({"l": LORA, "q": {"type": "Gptq"}}, "second"),
+        ({"l": LORA, "q": {"type": "Gptq", "data_config": "first"}}, "first"),
+        ({"q": {"type": "Awq"}, "l": LORA}, None),
+        ({"q": {"type": "Gptq"}}, None),
+    ],
+)
+def test_calibration_data_is_the_fine_tuning_data_of_a_pass_before(
+    passes: dict[str, Any], wanted: str | None
+) -> None:
+    assert loaded(passes).workflow.passes["q"].params.data_config == wanted
+
+
+def test_older_names_and_what_they_meant() -> None:
+    found = loaded(
+        {
+            "a": {"type": "GptqQuantizer", "bits": 4, "static_groups": True, "data_config": "first"},
+            "b": {"type": "GptqModel", "group_size": 64, "data_config": "first"},
+            "c": {
+                "type": "AutoAWQQuantizer",
+                "q_group_size": 16,
+                "zero_point": False,
+                "data_config": "first",
+            },
+        }
+    )
+    passes = found.workflow.passes
+    assert [entry.type for entry in passes.values()] == ["Gptq", "Gptq", "Awq"]
+    assert [entry.params.group_size for entry in passes.values()] == [128, 64, 16]
+    assert [entry.params.sym for entry in passes.values()] == [False, False, True]
+    said = " ".join(problem.message for problem in found.findings)
+    for text in (
+        "`GptqQuantizer` is now `Gptq`",
+        "group_size 128",
+        "`static_groups`",
+        "`zero_point` is now `sym`",
+    ):
+        assert text in said
