@@ -157,8 +157,8 @@ def _explain_document(args: argparse.Namespace) -> int:
 
 
 def _why(store: Store, planned: Plan, name: str, model: Artifact) -> list[str]:
+    from olive.engine.devices import accelerator_of
     from olive.engine.keys import step_parts
-    from olive.engine.plan import accelerator_of
 
     workflow = planned.workflow
     entry = workflow.passes[name]

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from olive.config.loader import Loaded
-from olive.config.workflow import Accelerator, DataConfig, Devices, PassEntry, Workflow
+from olive.config.workflow import Accelerator, DataConfig, PassEntry, Workflow
 from olive.data.plan import Preview, preview
 from olive.data.rows import is_local
 from olive.data.rows import where as place_of
 from olive.data.split import split_seed
+from olive.engine.devices import (
+    accelerator_of,
+    check_devices,
+    check_shares,
+    devices_of,
+    host_number,
+)
 from olive.engine.keys import data_names, library_version, step_parts
 from olive.engine.output import check_output
-from olive.errors import EnvironmentFault, OliveError, Problem, Severity
+from olive.engine.resources import check_resources, check_writable
+from olive.errors import OliveError, Problem, Severity
 from olive.evaluation.check import check_evaluator
 from olive.hardware.machine import Machine
 from olive.hardware.probe import disk_free, probe, training_dtype
@@ -30,9 +37,6 @@ from olive.resources.digest import folder_digest
 from olive.resources.resolve import locate
 from olive.store.keys import key as make_key
 from olive.store.store import Store
-
-HOST = ("OLIVE_HOST", "SLURM_NODEID", "NODE_RANK", "GROUP_RANK")
-MARGIN = 256 << 20  # bytes of disk kept free beside the estimates
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,25 +100,6 @@ class Plan:
         return tuple(step for step in self.steps if not step.cached)
 
 
-def accelerator_of(workflow: Workflow, system: str) -> Accelerator:
-    """The device and providers of a system of the document."""
-    accelerators = workflow.systems[system].accelerators if system in workflow.systems else ()
-    return accelerators[0] if accelerators else Accelerator()
-
-
-def devices_of(workflow: Workflow, system: str) -> Devices:
-    """How many devices of a system train at once."""
-    return workflow.systems[system].devices if system in workflow.systems else Devices()
-
-
-def host_number(devices: Devices) -> int | None:
-    """Which of several hosts this is, by the environment; None where it does not say."""
-    if devices.hosts == 1:
-        return 0
-    found = next((os.environ[name] for name in HOST if os.environ.get(name, "").isdigit()), None)
-    return int(found) if found is not None and int(found) < devices.hosts else None
-
-
 def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | None = None) -> Plan:
     """Plan the workflow. Never imports torch, never downloads, never writes outside the cache folder."""
     workflow = loaded.workflow
@@ -122,7 +107,7 @@ def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | No
     root = (cache_dir or loaded.base_dir / workflow.cache_dir).absolute()
     out = (output_dir or loaded.base_dir / workflow.output_dir).absolute()
     findings: list[Problem] = [*loaded.findings, *check_versions(machine.packages)]
-    findings += _check_devices(workflow, machine)
+    findings += check_devices(workflow, machine)
     findings += check_output(out, root)
     info, model = _input(loaded, root, findings)
     if info is not None:
@@ -136,8 +121,8 @@ def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | No
     with closing(Store(root)) as store:
         steps = tuple(_steps(loaded, info, None if broken else model, machine, store, previews, findings))
         findings += store.findings
-    findings += _check_resources(steps, machine, root)
-    findings += _check_writable(root, out)
+    findings += check_resources(steps, machine, root)
+    findings += check_writable(root, out)
     return Plan(
         loaded=loaded,
         workflow=workflow,
@@ -177,52 +162,6 @@ def _input(loaded: Loaded, root: Path, findings: list[Problem]) -> tuple[ModelIn
     except OliveError as error:
         findings.extend(error.problems)
         return None, None
-
-
-def _check_devices(workflow: Workflow, machine: Machine) -> Iterator[Problem]:
-    for name in sorted(
-        {workflow.host, workflow.target} | {e.host for e in workflow.passes.values() if e.host}
-    ):
-        accelerator = accelerator_of(workflow, name)
-        where = f"systems.{name}"
-        if accelerator.device == "gpu" and not machine.gpus:
-            yield Problem(
-                "the document asks for a GPU, and this machine has none with a working driver",
-                where,
-                'Set its accelerators to [{"device": "cpu", "execution_providers": '
-                '["CPUExecutionProvider"]}], or run on a machine with CUDA.',
-                exit_code=5,
-            )
-        elif accelerator.device == "gpu" and _count(workflow, name) > len(machine.gpus):
-            yield Problem(
-                f"devices asks for {_count(workflow, name)} GPUs, and this machine has {len(machine.gpus)}",
-                where,
-                f"Set devices to {len(machine.gpus)} or auto.",
-                exit_code=5,
-            )
-        elif host_number(devices_of(workflow, name)) is None:
-            hosts = devices_of(workflow, name).hosts
-            yield Problem(
-                f"devices names {hosts} hosts, and nothing says which one this is",
-                where,
-                f"Start the same command on each with OLIVE_HOST set, from 0 to {hosts - 1}.",
-                exit_code=5,
-            )
-        elif accelerator.device == "npu":
-            yield Problem("no pass of this version runs on an NPU", where, "Use cpu or gpu.", exit_code=5)
-        elif accelerator.execution_provider not in machine.execution_providers:
-            yield Problem(
-                f"{accelerator.execution_provider} is not available here; there is "
-                f"{', '.join(machine.execution_providers)}",
-                where,
-                "Name one of these, or install the onnxruntime build that brings it.",
-                exit_code=5,
-            )
-
-
-def _count(workflow: Workflow, system: str) -> int:
-    count = devices_of(workflow, system).count
-    return 1 if count == "auto" else count
 
 
 def _check_trust(workflow: Workflow, info: ModelInfo) -> Iterator[Problem]:
@@ -409,7 +348,7 @@ def _steps(
             processes, strategy = resolve(entry.type)().processes(
                 info, entry.params, machine, accelerator, devices
             )
-            findings += _check_shares(name, entry, devices, processes)
+            findings += check_shares(name, entry, devices, processes)
         yield PlannedStep(
             name=name,
             type=entry.type,
@@ -425,22 +364,6 @@ def _steps(
             cost=_estimate(entry, info, machine, previews, findings) if info else Cost(memory=0, disk=0),
         )
         model = None if found is None or model is None else stored_artifact(found, model)
-
-
-def _check_shares(name: str, entry: PassEntry, devices: Devices, processes: int) -> Iterator[Problem]:
-    if processes > 1 and devices.strategy not in ("auto", *resolve(entry.type).strategies):
-        yield Problem(
-            f"{entry.type} cannot share the model by {devices.strategy}",
-            f"passes.{name}",
-            f"Set the strategy of devices to {' or '.join(resolve(entry.type).strategies)}.",
-        )
-    if devices.count != "auto" and 1 < processes < devices.count:
-        yield Problem(
-            f"a step has {processes} rows: {processes} of {devices.count} devices train",
-            f"passes.{name}",
-            "Raise gradient_accumulation_steps, or name fewer devices.",
-            Severity.WARNING,
-        )
 
 
 def _parts(loaded: Loaded, entry: PassEntry, model: Artifact, machine: Machine, root: Path) -> dict[str, Any]:
@@ -464,44 +387,3 @@ def stored_artifact(entry: Any, model: Artifact) -> Artifact:
     return Artifact(
         kind=kind, path=entry.path, digest=entry.digest, attributes=entry.meta["attributes"], base=base
     )
-
-
-def _check_resources(steps: Iterable[PlannedStep], machine: Machine, root: Path) -> Iterator[Problem]:
-    to_run = [step for step in steps if not step.cached]
-    disk = sum(step.cost.disk for step in to_run)
-    try:
-        free = disk_free(root)
-    except EnvironmentFault as error:
-        yield from error.problems
-        return
-    if to_run and free < disk + MARGIN:
-        yield Problem(
-            f"the run writes about {disk:,} bytes, and {root} has {free:,} free",
-            "cache_dir",
-            "Free space, run `olive cache gc`, or set cache_dir to a larger disk.",
-            exit_code=5,
-        )
-    for step in to_run:
-        if step.cost.memory > machine.memory_available:
-            yield Problem(
-                f"needs about {step.cost.memory / 2**30:.1f} GiB of memory, and "
-                f"{machine.memory_available / 2**30:.1f} GiB are available",
-                f"passes.{step.name}",
-                "Close other programs, lower max_seq_len or the batch size, or use a larger machine.",
-                Severity.ERROR if step.cost.memory > machine.memory else Severity.WARNING,
-                5,
-            )
-
-
-def _check_writable(root: Path, out: Path) -> Iterator[Problem]:
-    for folder, name in ((root, "cache_dir"), (out, "output_dir")):
-        nearest = folder
-        while not nearest.exists() and nearest != nearest.parent:
-            nearest = nearest.parent
-        if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
-            yield Problem(
-                f"{folder} cannot be written: no permission for {nearest}",
-                name,
-                "Give write permission, or name another folder.",
-                exit_code=5,
-            )

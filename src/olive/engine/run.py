@@ -14,18 +14,12 @@ from typing import Any
 
 from olive.config.workflow import Evaluator, PassEntry
 from olive.data.rows import is_local
+from olive.engine.devices import accelerator_of, devices_of, host_number
 from olive.engine.follow import follow
 from olive.engine.gates.compare import References
 from olive.engine.keys import data_names, evaluation_parts, step_parts
 from olive.engine.output import MODEL, TRACKING
-from olive.engine.plan import (
-    Plan,
-    PlannedStep,
-    accelerator_of,
-    devices_of,
-    host_number,
-    stored_artifact,
-)
+from olive.engine.plan import Plan, PlannedStep, stored_artifact
 from olive.engine.prompts import rendered_sample, sample_prompts
 from olive.engine.result import Finding, GateResult, RunResult, StepResult
 from olive.errors import InternalError, Problem, Severity, raise_errors

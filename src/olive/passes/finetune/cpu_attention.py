@@ -1,7 +1,7 @@
 """Causal attention on a CPU from score matrices of blocks of queries. Imported only where torch already is.
 
-torch's own kernel is written for inference: backwards it takes three times as long for documents of 26 tokens
-and a third longer for those of 1,024.
+torch's own kernel takes five to nine times as long for 40 documents of 26 tokens, backward included, and 1.2
+times as long for one of 1,024.
 """
 
 from __future__ import annotations
