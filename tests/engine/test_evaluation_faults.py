@@ -59,6 +59,6 @@ def test_folders_that_cannot_be_written_are_told_at_plan(
         "cache_dir": str(tmp_path / "cache"),
         "output_dir": str(tmp_path / "deep" / "out"),
     }
-    monkeypatch.setattr("olive.engine.plan.os.access", lambda *_: False)
+    monkeypatch.setattr("olive.engine.resources.os.access", lambda *_: False)
     found = [p for p in plan(load(document)).findings if "cannot be written" in p.message]
     assert [(p.where, p.exit_code) for p in found] == [("cache_dir", 5), ("output_dir", 5)]
