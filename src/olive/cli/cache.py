@@ -157,21 +157,10 @@ def _explain_document(args: argparse.Namespace) -> int:
 
 
 def _why(store: Store, planned: Plan, name: str, model: Artifact) -> list[str]:
-    from olive.engine.devices import accelerator_of
-    from olive.engine.keys import step_parts
+    from olive.engine.plan import parts_of
 
-    workflow = planned.workflow
-    entry = workflow.passes[name]
-    parts = step_parts(
-        entry,
-        model,
-        workflow,
-        accelerator=accelerator_of(workflow, entry.host or workflow.host),
-        target=accelerator_of(workflow, workflow.target),
-        machine=planned.machine,
-        base_dir=planned.base_dir,
-        memo=store.root / "digests.json",
-    )
+    entry = planned.workflow.passes[name]
+    parts = parts_of(planned.loaded, entry, model, planned.machine, store.root)
     near = store.nearest(parts)
     if near is None or near[0].meta.get("type") != entry.type:
         return [f"no result of {entry.type} is stored"]

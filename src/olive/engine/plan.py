@@ -339,7 +339,7 @@ def _steps(
         accelerator = accelerator_of(workflow, host)
         step_key, found = None, None
         if model is not None:
-            parts = _parts(loaded, entry, model, machine, store.root)
+            parts = parts_of(loaded, entry, model, machine, store.root)
             step_key = make_key(parts)
             found = store.lookup(step_key, verify=False)
         processes, strategy = 1, "ddp"
@@ -366,7 +366,10 @@ def _steps(
         model = None if found is None or model is None else stored_artifact(found, model)
 
 
-def _parts(loaded: Loaded, entry: PassEntry, model: Artifact, machine: Machine, root: Path) -> dict[str, Any]:
+def parts_of(
+    loaded: Loaded, entry: PassEntry, model: Artifact, machine: Machine, root: Path
+) -> dict[str, Any]:
+    """The parts of a step's key; ``root`` is the store's folder."""
     workflow = loaded.workflow
     return step_parts(
         entry,

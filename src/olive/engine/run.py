@@ -17,9 +17,9 @@ from olive.data.rows import is_local
 from olive.engine.devices import accelerator_of, devices_of, host_number
 from olive.engine.follow import follow
 from olive.engine.gates.compare import References
-from olive.engine.keys import data_names, evaluation_parts, step_parts
+from olive.engine.keys import data_names, evaluation_parts
 from olive.engine.output import MODEL, TRACKING
-from olive.engine.plan import Plan, PlannedStep, stored_artifact
+from olive.engine.plan import Plan, PlannedStep, parts_of, stored_artifact
 from olive.engine.prompts import rendered_sample, sample_prompts
 from olive.engine.result import Finding, GateResult, RunResult, StepResult
 from olive.errors import InternalError, Problem, Severity, raise_errors
@@ -82,12 +82,14 @@ def take_part(plan: Plan, progress: Progress) -> None:
         state = _Run(plan, store, progress)
 
         def made(name: str, model: Artifact) -> tuple[Entry | None, Artifact]:
-            found = store.lookup(make_key(_parts(state, plan.workflow.passes[name], model)))
+            found = store.lookup(
+                make_key(parts_of(plan.loaded, plan.workflow.passes[name], model, plan.machine, store.root))
+            )
             return found, model if found is None else stored_artifact(found, model)
 
         def job_of(name: str, model: Artifact) -> Job:
             entry = plan.workflow.passes[name]
-            key = make_key(_parts(state, entry, model))
+            key = make_key(parts_of(plan.loaded, entry, model, plan.machine, store.root))
             # its processes write nothing there: the first one of all does
             return _job(state, name, entry, model, plan.store_root, store.journal(key).path)
 
@@ -138,7 +140,7 @@ def _run(state: _Run, given: Artifact) -> RunResult:
 
 
 def _step(state: _Run, name: str, entry: PassEntry, model: Artifact) -> tuple[StepResult, Entry, Artifact]:
-    parts = _parts(state, entry, model)
+    parts = parts_of(state.plan.loaded, entry, model, state.plan.machine, state.store.root)
     key = make_key(parts)
     found = state.store.lookup(key)
     cached = found is not None
@@ -178,21 +180,6 @@ def _compute(
         state.known.moved(staging.path, found.path)
     journal.clear()
     return found
-
-
-def _parts(state: _Run, entry: PassEntry, model: Artifact) -> dict[str, Any]:
-    """The parts of a step's key."""
-    plan, workflow = state.plan, state.plan.workflow
-    return step_parts(
-        entry,
-        model,
-        workflow,
-        accelerator=accelerator_of(workflow, entry.host or workflow.host),
-        target=accelerator_of(workflow, workflow.target),
-        machine=plan.machine,
-        base_dir=plan.base_dir,
-        memo=state.memo,
-    )
 
 
 def _job(state: _Run, name: str, entry: PassEntry, model: Artifact, out: Path, journal: Path) -> Job:

@@ -22,6 +22,7 @@ from olive.passes.base import Progress
 from olive.passes.finetune import checkpoints
 from olive.passes.finetune.batches import Blocks, Order, TokenBlock, collate, labelled, told
 from olive.passes.finetune.cuts import cut, share
+from olive.passes.finetune.decoder import HostEmbedding
 from olive.passes.finetune.follow import Follow, stopping_after_the_step
 from olive.passes.finetune.loss import IGNORE
 from olive.passes.finetune.memory import Passes
@@ -92,6 +93,7 @@ class PackedTrainer(Trainer):
         self.stop: int | None = None
         self.said = ""
         self.most_passes = 0
+        self.embeds_on_host = any(isinstance(module, HostEmbedding) for module in model.modules())
         if self.world.rank:  # other dropout than the first process
             torch.manual_seed(args.seed + self.world.rank)
 
@@ -222,7 +224,7 @@ class PackedTrainer(Trainer):
     def _prepare_inputs(self, inputs: Any) -> Any:
         """A pass on the device, with the numbers of the tokens that have a label."""
         kept = (inputs["labels"].flatten() != IGNORE).nonzero().squeeze(1)
-        on_host = ("input_ids",) if self.passes.offload else ()
+        on_host = ("input_ids",) if self.embeds_on_host else ()
         return {
             name: self._there(value) if torch.is_tensor(value) and name not in on_host else value
             for name, value in {**inputs, "kept": kept}.items()
