@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ class Shelf:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._where: dict[str, Path] = {}
+        self._writer = ThreadPoolExecutor(1)  # a unit is written while the next one is computed
+        self._writing: Future[None] | None = None
         self.rows: list[Row] = []
         self.replaced: set[str] = set()
         self.resumed = 0
@@ -65,8 +68,26 @@ class Shelf:
         tensors |= {name: value.cpu().contiguous() for name, value in (replaced or {}).items()}
         journal = Journal(self._journal.path / unit)
         state = {"layers": rows, "replaced": sorted(replaced or {})}
-        journal.commit(1, lambda folder: save_file(tensors, folder / _FILE), state)
+        self._settle()
+        self._writing = self._writer.submit(
+            journal.commit, 1, lambda folder: save_file(tensors, folder / _FILE), state
+        )
         self._keep(journal.path / "ckpt-1" / FILES, state)
+
+    def _settle(self) -> None:
+        """Wait for the unit that is being written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            EnvironmentFault: the disk is full or refuses.
+        """
+        self._settle()
+        self._writer.shutdown()
 
     def _keep(self, folder: Path, state: dict[str, Any]) -> None:
         self.rows += state["layers"]
@@ -103,11 +124,11 @@ def packed(name: str, layer: Layer, one: Quantised) -> dict[str, torch.Tensor]:
     from olive.quantization.packing import pack
 
     found = {
-        f"{name}.qweight": pack(one.codes.cpu(), layer.bits),
+        f"{name}.qweight": pack(one.codes, layer.bits).cpu(),
         f"{name}.scales": one.scales.cpu().contiguous(),
     }
     if one.zeros is not None:
-        found[f"{name}.qzeros"] = pack(one.zeros.cpu(), layer.bits)
+        found[f"{name}.qzeros"] = pack(one.zeros, layer.bits).cpu()
     return found
 
 
