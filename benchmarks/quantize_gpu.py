@@ -23,6 +23,7 @@ from finetune_gpu import SHAPES, Silent
 from safetensors.torch import save_file
 
 from olive.config.workflow import Accelerator, DataConfig
+from olive.hardware.memory import exempt_libraries
 from olive.hardware.probe import probe
 from olive.models.artifact import Artifact, Kind
 from olive.passes.base import PassContext
@@ -76,6 +77,22 @@ def write_model(folder: Path, layers: int) -> dict[str, Any]:
     return config
 
 
+class Memory(Silent):
+    """Prints what the GPU holds after each layer, and the most it held so far."""
+
+    began = 0.0
+
+    def start(self, task: str, total: int | None = None) -> None:
+        """The clock starts."""
+        self.began = time.perf_counter()
+
+    def update(self, done: int, **fields: float | str) -> None:
+        """One line a layer."""
+        held, most = torch.cuda.memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30
+        seconds = time.perf_counter() - self.began
+        print(f"layer {done} at {seconds:.2f} s: {held:.2f} GiB held, {most:.2f} at most", flush=True)
+
+
 def rate() -> float:
     """FLOP/s of a bf16 product of the layers' own shape."""
     a = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)
@@ -115,11 +132,13 @@ def main() -> None:
         print(f"model written in {time.perf_counter() - began:.1f} s", flush=True)
         speed = rate()
         gpu = Accelerator(device="gpu", execution_providers=("CUDAExecutionProvider",))
+        none = {"name": "rows", "load_dataset_config": {"data_name": "json"}}
         ctx = PassContext(
             out=folder / "out", machine=probe(), accelerator=gpu, target=gpu,
-            data={"rows": DataConfig.model_validate({"name": "rows", "type": "HuggingfaceContainer"})},
-            base_dir=folder, progress=Silent(), journal=Journal(folder / "journal"),
+            data={"rows": DataConfig.model_validate(none)},
+            base_dir=folder, progress=Memory(), journal=Journal(folder / "journal"),
         )  # fmt: skip
+        exempt_libraries()
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         calibrated = Calibration(tuple(map(tuple, rows)))

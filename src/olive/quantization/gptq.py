@@ -35,7 +35,7 @@ def gptq(
     grid = start.grid
     rows, columns = weight.shape
     # a column of the matrix is a row here, so that it lies in one piece
-    left = weight.T[order]
+    left = weight.T[order].contiguous()
     errors = left.clone()  # of a column to come: the weights themselves
     block_of = torch.div(order, grid.width(columns), rounding_mode="floor")
     scales = start.scales.T.contiguous()

@@ -26,7 +26,8 @@ def _even(x):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _columns(  # type: ignore[no-untyped-def]
-    left, errors, codes, factor, block_of, scales, zeros, rows, first, count, factor_row, lowest, top,
+    left, errors, codes, factor, block_of, scales, zeros, rows, first, count, factor_row, factor_column,
+    lowest, top,
     SPAN: tl.constexpr, ROWS: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -50,7 +51,7 @@ def _columns(  # type: ignore[no-untyped-def]
         code = tl.where(here, level[None, :], code)
         lost = tl.where(here, error[None, :], lost)
         share = tl.load(
-            factor + (first + i).to(tl.int64) * factor_row + first + place,
+            factor + (first + i).to(tl.int64) * factor_row + (first + place).to(tl.int64) * factor_column,
             mask=(place > i) & (place < count), other=0.0,
         )  # fmt: skip
         now += share[:, None] * error[None, :]
@@ -85,7 +86,7 @@ def round_columns(
     rows = left.shape[1]
     first, last = span
     _columns[(triton.cdiv(rows, _ROWS),)](
-        left, errors, codes, factor, block_of, scales, zeros, rows, first, last - first, factor.stride(0),
+        left, errors, codes, factor, block_of, scales, zeros, rows, first, last - first, *factor.stride(),
         float(levels[0]), float(levels[1]), SPAN=TOGETHER, ROWS=_ROWS, num_warps=2,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ their turn comes. Hidden states between layers stay in memory: tokens x hidden s
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -111,7 +112,7 @@ class LayerStream:
         config = read_json(folder / "config.json")
         self.model_type = str(config.get("model_type", ""))
         self.prefix, self.layers = _decoder_layers(self.model, config)
-        self.real: list[torch.Tensor] = []
+        self.real: list[torch.Tensor | None] = []  # which tokens are no padding; None where all are
         self.given: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self.width = int(self.model.get_input_embeddings().weight.shape[1])
         self.now = States(self.device, (1 + paired) * calibration.tokens * self.width * self.dtype.itemsize)
@@ -136,7 +137,7 @@ class LayerStream:
                 self.model(input_ids=ids.to(self.device), use_cache=False)
             self.given.append([recorder.given for recorder in recorders])
             self.now.append(recorders[0].hidden)
-            self.real.append(real.to(self.device))
+            self.real.append(None if bool(real.all()) else real.to(self.device))
         for place, layer in enumerate(plain):
             self.layers[place] = layer
         embedding.to("meta")
@@ -169,6 +170,8 @@ class LayerStream:
             yield layer
         finally:
             layer.to("meta")
+            if self.device.type == "cuda":
+                gc.collect()  # modules and what their hooks have seen refer to each other
 
     @torch.no_grad()
     def advance(self, number: int, layer: nn.Module, original: nn.Module | None) -> None:
@@ -303,7 +306,7 @@ class _Probe:
         todo: dict[str, nn.Linear],
         twins: Mapping[nn.Module, str],
         inputs: Mapping[str, torch.Tensor],
-        real: torch.Tensor,
+        real: torch.Tensor | None,
         quantise: Quantise,
         paired: bool,
     ) -> None:
@@ -323,9 +326,9 @@ class _Probe:
         self.quantise(self.group, {name: self.todo.pop(name)})
 
 
-def _tokens(value: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def _tokens(value: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """(tokens, width): the tokens that are no padding."""
-    return value.reshape(-1, value.shape[-1]) if bool(real.all()) else value[real]
+    return value.reshape(-1, value.shape[-1]) if real is None else value[real]
 
 
 def _reach(

@@ -81,8 +81,10 @@ class Quantiser(Pass[P]):
         chosen = targets.chosen(info, params)
         shelf = Shelf(ctx.journal)
         with LazyTensors(model.path) as tensors:
-            self.layers(model, info, tensors, chosen, params, shelf, ctx)
-            shelf.close()
+            try:
+                self.layers(model, info, tensors, chosen, params, shelf, ctx)
+            finally:
+                shelf.close()
             size = write_folder(model.path, tensors, chosen, targets.default_settings(params), shelf, ctx.out)
         self._report(shelf, ctx, size, time.perf_counter() - began)
 

@@ -55,13 +55,18 @@ class States:
             return
         self._in.wait_stream(self._out)
         coming = self._fetch(0)
+        done: list[torch.cuda.Event] = []
         for place in range(len(self._kept)):
             value, arrived = coming
+            if place > 1:  # running further ahead would only hold more memory
+                done[place - 2].synchronize()
             if place + 1 < len(self._kept):
                 coming = self._fetch(place + 1)
             torch.cuda.current_stream().wait_event(arrived)
             value.record_stream(torch.cuda.current_stream())
             yield value
+            done.append(torch.cuda.Event())
+            done[-1].record()
 
     def _fetch(self, place: int) -> tuple[torch.Tensor, torch.cuda.Event]:
         assert self._in is not None  # noqa: S101 - only where states are away
