@@ -1,0 +1,101 @@
+"""Bits by layer: the knapsack, the rules, the sensitivity, and that the next quantiser obeys."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from olive.errors import ConfigError
+from olive.models.hf import describe
+from olive.passes.quantize import precision, targets
+from olive.passes.quantize.mixed_precision import units_of
+from olive.passes.quantize.targets import CHOICE, Override
+from olive.passes.registry import resolve
+from olive.quantization.knapsack import choose
+from tiny import tiny_llama
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_knapsack_is_as_good_as_every_combination(seed: int) -> None:
+    draw = random.Random(seed)
+    items = [
+        [(draw.randint(1, 9), draw.random()) for _ in range(draw.randint(1, 3))]
+        for _ in range(draw.randint(1, 7))
+    ]
+    budget = draw.randint(1, 45)
+    found = choose(items, budget)
+    totals = [
+        (sum(size for size, _ in each), sum(loss for _, loss in each)) for each in itertools.product(*items)
+    ]
+    fitting = [loss for size, loss in totals if size <= budget]
+    if not fitting:
+        assert found is None
+        return
+    assert found is not None
+    taken = [item[number] for item, number in zip(items, found, strict=True)]
+    assert sum(size for size, _ in taken) <= budget
+    assert sum(loss for _, loss in taken) == pytest.approx(min(fitting), abs=1e-12)
+
+
+def test_preset_of_thirty_layers() -> None:
+    kinds = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    names = [f"model.layers.{n}.{kind}" for n in range(30) for kind in kinds] + ["lm_head"]
+    # 30/8 = 3.75: layers 0-3; 26.25: 27-29; between, 3 + 2 = 5 and every third from there
+    rich = [0, 1, 2, 3, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29]
+    down = {f"model.layers.{n}.mlp.down_proj" for n in rich} | {"lm_head"}
+    assert precision.preset("k_quant_last", names, 30) == {"lm_head"}
+    assert precision.preset("k_quant_down", names, 30) == down
+    mixed = down | {f"model.layers.{n}.self_attn.qkv_proj" for n in rich}
+    assert precision.preset("k_quant_mixed", names, 30) == mixed
+
+
+def test_choice_is_obeyed_under_the_documents_overrides(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "m")
+    name = "model.layers.0.mlp.down_proj"
+    precision.write(folder, {name: Override(bits=8)})
+    rtn = resolve("Rtn").Params
+    assert targets.chosen(describe(folder), rtn())[name].bits == 8
+    assert targets.chosen(describe(folder), rtn())["model.layers.1.mlp.down_proj"].bits == 4
+    over = rtn.model_validate({"overrides": {"*.down_proj": {"bits": 2}}})
+    assert targets.chosen(describe(folder), over)[name].bits == 2
+    (folder / CHOICE).write_text(json.dumps({name: {"bits": 5}}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="no table of bits"):
+        targets.chosen(describe(folder), rtn())
+
+
+def test_q_k_and_v_are_one_item() -> None:
+    names = [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkvo"]
+    assert units_of(names) == [tuple(names[:3]), (names[3],)]
+
+
+def test_estimate_ranks_as_true_kl(tmp_path: Path) -> None:
+    import torch
+
+    from olive.models.hf import load_model
+    from olive.quantization.sensitivity import expected_kl
+
+    model = load_model(tiny_llama(tmp_path / "m"), dtype="float32").requires_grad_(False).eval()
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(6, 300, (16, 64), generator=draw)
+    changes = {}
+    for place, name in enumerate(targets.chosen(describe(tmp_path / "m"), resolve("Rtn").Params())):
+        weight = model.get_submodule(name).weight
+        scale = 0.02 * 1.6 ** (place % 7) * weight.std()
+        changes[name] = [scale * torch.randn(weight.shape, generator=draw)]
+    found = expected_kl(model, [(ids, torch.ones_like(ids, dtype=torch.bool))], changes)
+    true = {}
+    with torch.no_grad():
+        own = model(input_ids=ids).logits.log_softmax(-1)
+        for name, (change,) in changes.items():
+            weight = model.get_submodule(name).weight
+            weight += change
+            now = model(input_ids=ids).logits.log_softmax(-1)
+            weight -= change
+            true[name] = float((own.exp() * (own - now)).sum(-1).mean())
+    pairs = torch.tensor([[found[name][0], true[name]] for name in changes]).T
+    ranks = pairs.argsort(1).argsort(1).float()
+    assert float(torch.corrcoef(ranks)[0, 1]) > 0.85
