@@ -8,15 +8,22 @@ import random
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from olive.errors import ConfigError
+from olive.config.workflow import Accelerator, ParityGate
+from olive.engine.gates import quantised
+from olive.errors import ConfigError, PassFailed, Severity
+from olive.hardware.probe import probe
+from olive.models.artifact import Artifact, Kind
 from olive.models.hf import describe
+from olive.passes.base import PassContext
 from olive.passes.quantize import precision, targets
 from olive.passes.quantize.mixed_precision import units_of
 from olive.passes.quantize.targets import CHOICE, Override
 from olive.passes.registry import resolve
 from olive.quantization.knapsack import choose
 from tiny import tiny_llama
+from training_kit import context, data, rows
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -99,3 +106,74 @@ def test_estimate_ranks_as_true_kl(tmp_path: Path) -> None:
     pairs = torch.tensor([[found[name][0], true[name]] for name in changes]).T
     ranks = pairs.argsort(1).argsort(1).float()
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.85
+
+
+def _run(name: str, source: Path, folder: Path, **params: object) -> PassContext:
+    folder.mkdir(parents=True)
+    technique = resolve(name)
+    ctx = context(folder, data(rows(folder, 96)))
+    model = Artifact(kind=Kind.HF, path=source, digest="0" * 64)
+    technique().run(model, technique.Params.model_validate(params), ctx)
+    technique().ensure(ctx.out)
+    return ctx
+
+
+MEASURED = {"data_config": "train", "calibration_tokens": 256}
+
+
+def test_budget_is_met_and_what_the_quantiser_stores(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "m", initializer_range=0.2)
+    chosen = _run("SelectiveMixedPrecision", folder, tmp_path / "c", bits_per_weight=7.0, **MEASURED)
+    assert chosen.facts["bits_per_weight"] <= 7.0
+    assert 0 < len(chosen.facts["high"]) < len(targets.chosen(describe(folder), resolve("Rtn").Params()))
+    made = _run("Gptq", chosen.out, tmp_path / "q", **MEASURED)
+    bits = {row["name"]: row["bits"] for row in made.facts["layers"]}
+    assert {name for name, each in bits.items() if each == 8} == set(chosen.facts["high"])
+    for prefix in ("model.layers.0", "model.layers.1"):
+        assert len({bits[f"{prefix}.self_attn.{kind}_proj"] for kind in "qkv"}) == 1
+    stored = load_file(made.out / "model.safetensors")
+    parts = (".qweight", ".scales", ".qzeros")
+    assert chosen.facts["bytes"] == sum(
+        value.numel() * value.element_size() for name, value in stored.items() if name.endswith(parts)
+    )
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"algorithm": "k_quant_mixed", "size": 0.4}, "is a rule"),
+        ({"data_config": "train"}, "takes one budget"),
+        ({"data_config": "train", "size": 0.4, "ratio": 0.5}, "takes one budget"),
+        ({"size": 0.4}, "nothing to calibrate on"),
+        ({"data_config": "train", "bits_per_weight": 3}, "bits there are"),
+        ({"algorithm": "k_quant_last", "high_group_size": 48}, "no block of any kernel"),
+    ],
+)
+def test_what_a_plan_refuses(tmp_path: Path, params: dict[str, object], message: str) -> None:
+    technique = resolve("SelectiveMixedPrecision")
+    accelerator = Accelerator(device="cpu", execution_providers=("CPUExecutionProvider",))
+    given = technique.Params.model_validate(params)
+    found = technique().check(describe(tiny_llama(tmp_path / "m")), given, probe(), accelerator)
+    assert any(message in problem.message for problem in found if problem.severity is Severity.ERROR)
+
+
+def test_a_failing_gate_names_the_edits_that_help(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "m", initializer_range=0.2)
+    prompts = [[11, 52, 97, 200, 33, 64, 120, 7]]
+    model = Artifact(kind=Kind.HF, path=folder, digest="0" * 64)
+
+    def gate(made: PassContext, kl: float) -> None:
+        quantised.check(model, made.out, {"kl": kl, "top1": 0.0}, ParityGate(), made, prompts, None)
+
+    coarse = _run("Rtn", folder, tmp_path / "a", group_size=64)
+    with pytest.raises(PassFailed) as raised:
+        gate(coarse, 1e-9)
+    (problem,) = raised.value.problems
+    places = [
+        str(problem.fix).index(text) for text in ('"*.down_proj": {"bits": 8}', '"group_size": 32', "Gptq")
+    ]
+    assert places == sorted(places)
+    assert "lm_head" not in str(problem.fix)  # it stayed in floating point
+    finest = _run("Gptq", folder, tmp_path / "b", bits=8, **MEASURED)
+    assert "SelectiveMixedPrecision" in quantised.ladder(finest.facts)
+    gate(finest, 1.0)

@@ -14,7 +14,7 @@ from olive.errors import PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import describe
-from olive.models.quantised import HEAD, Layer
+from olive.models.quantised import EMBEDDING, HEAD, Layer
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.quantize import calibration, precision, targets
 from olive.passes.quantize.calibration import CalibrationParams
@@ -262,7 +262,7 @@ def _both(
 def _shape(info: ModelInfo, name: str) -> tuple[int, ...]:
     key = f"{name}.weight"
     if name == HEAD and key not in info.tensors:
-        key = f"{targets.EMBEDDING}.weight"
+        key = f"{EMBEDDING}.weight"
     return info.tensors[key][1]
 
 
