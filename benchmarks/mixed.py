@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--quantiser", default="KQuant")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--group-sizes", type=int, nargs="*", help="blocks to choose from; default: all")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         compare(given, Path(scratch))
@@ -72,7 +73,8 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
             "SelectiveMixedPrecision", choices[name], bench.base(), folder / f"{name}-choice", calibration
         )
         if rule is None:
-            more = {"data_config": "text", "calibration_tokens": given.tokens}
+            more: dict[str, Any] = {"data_config": "text", "calibration_tokens": given.tokens}
+            more |= {} if given.group_sizes is None else {"group_sizes": given.group_sizes}
             choices["kl"] = {"algorithm": "kl", "size": facts["bytes"]} | more
         own = {"data_config": "text"} if given.quantiser in ("Gptq", "Awq") else {}
         run(given.quantiser, own, folder / f"{name}-choice", folder / name, calibration)
@@ -85,7 +87,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
             "choice": name,
             "bytes": facts["bytes"],
             "bits_per_weight": facts["bits_per_weight"],
-            "high": len(facts["high"]),
+            "settings": facts["settings"],
             "kl": round(kl, 5),
             "se": round(float(found.kl.std()) / math.sqrt(count), 5),
             "of_rule": round(ratio, 4),

@@ -18,7 +18,7 @@ from olive.models.artifact import Artifact, Kind
 from olive.models.hf import describe
 from olive.passes.base import PassContext
 from olive.passes.quantize import precision, targets
-from olive.passes.quantize.mixed_precision import units_of
+from olive.passes.quantize.options import choose_within, units_of
 from olive.passes.quantize.targets import CHOICE, Override
 from olive.passes.registry import resolve
 from olive.quantization.knapsack import choose
@@ -46,6 +46,62 @@ def test_knapsack_is_as_good_as_every_combination(seed: int) -> None:
     taken = [item[number] for item, number in zip(items, found, strict=True)]
     assert sum(size for size, _ in taken) <= budget
     assert sum(loss for _, loss in taken) == pytest.approx(min(fitting), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rounded_sizes_hold_the_budget_and_lose_next_to_nothing(seed: int) -> None:
+    draw = random.Random(seed)
+    items = [
+        sorted((draw.randint(10**5, 10**6), draw.random()) for _ in range(draw.randint(2, 5)))
+        for _ in range(8)
+    ]
+    least = sum(item[0][0] for item in items)
+    spare = draw.randint(10**5, 3 * 10**6)
+    found = choose_within(items, least + spare)
+    assert found is not None
+    taken = [item[number] for item, number in zip(items, found, strict=True)]
+    assert sum(size for size, _ in taken) <= least + spare
+    exact = choose(items, least + spare - 2 * len(items) * spare // 2048)
+    assert exact is not None
+    loss = sum(item[number][1] for item, number in zip(items, exact, strict=True))
+    assert sum(each for _, each in taken) <= loss + 1e-12
+    assert choose_within(items, least - 1) is None
+
+
+def test_losses_come_near_the_true_kl_at_every_setting(tmp_path: Path) -> None:
+    import torch
+
+    from olive.models.hf import load_model
+    from olive.models.quantised import Layer
+    from olive.passes.quantize.divergence import losses
+    from olive.quantization.k_quant import magnitudes, search
+    from training_kit import Notes
+
+    model = load_model(tiny_llama(tmp_path / "m", initializer_range=0.2), dtype="float32")
+    model = model.requires_grad_(False).eval()
+    ids = torch.randint(6, 300, (16, 64), generator=torch.Generator().manual_seed(0))
+    settings = [Layer(4, 32, False), Layer(8, 32, False), Layer(4, 16, False)]
+    names = list(targets.chosen(describe(tmp_path / "m"), resolve("Rtn").Params()))
+    before = {name: model.get_submodule(name).weight.clone() for name in names}
+    real = torch.ones_like(ids, dtype=torch.bool)
+    found, scales = losses(model, [(ids, real)], dict.fromkeys(names, settings), 0, Notes())
+    assert all(value > 0 for value in scales.values())
+    pairs = []
+    with torch.no_grad():
+        own = model(input_ids=ids).logits.log_softmax(-1)
+        for name in names:
+            weight = model.get_submodule(name).weight
+            assert torch.equal(weight, before[name])  # the measurements leave the model as it was
+            for place, one in enumerate(settings):
+                weight.copy_(search(weight, one.grid, magnitudes(weight, one.grid)).dequantise())
+                now = model(input_ids=ids).logits.log_softmax(-1)
+                weight.copy_(before[name])
+                pairs.append((place, found[name][place], float((own.exp() * (own - now)).sum(-1).mean())))
+    for place in (0, 2):
+        estimates = sum(guess for number, guess, _ in pairs if number == place)
+        assert estimates == pytest.approx(sum(true for number, _, true in pairs if number == place), rel=0.35)
+    logs = torch.tensor([(guess, true) for number, guess, true in pairs if number != 1]).log().T
+    assert float((logs[0] - logs[1]).abs().mean()) < 0.6
 
 
 def test_preset_of_thirty_layers() -> None:
@@ -146,6 +202,8 @@ def test_budget_is_met_and_what_the_quantiser_stores(tmp_path: Path) -> None:
         ({"data_config": "train", "size": 0.4, "ratio": 0.5}, "takes one budget"),
         ({"size": 0.4}, "nothing to calibrate on"),
         ({"data_config": "train", "bits_per_weight": 3}, "bits there are"),
+        ({"data_config": "train", "size": 0.4, "group_sizes": [24]}, "no block of any kernel"),
+        ({"data_config": "train", "size": 0.4, "fallback": True}, "makes no integers"),
         ({"algorithm": "k_quant_last", "high_group_size": 48}, "no block of any kernel"),
     ],
 )
@@ -173,6 +231,7 @@ def test_a_failing_gate_names_the_edits_that_help(tmp_path: Path) -> None:
         str(problem.fix).index(text) for text in ('"*.down_proj": {"bits": 8}', '"group_size": 32', "Gptq")
     ]
     assert places == sorted(places)
+    assert '"fallback": true' in str(problem.fix)
     assert "lm_head" not in str(problem.fix)  # it stayed in floating point
     finest = _run("Gptq", folder, tmp_path / "b", bits=8, **MEASURED)
     assert "SelectiveMixedPrecision" in quantised.ladder(finest.facts)

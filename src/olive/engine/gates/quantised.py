@@ -10,7 +10,7 @@ from typing import Any
 from olive.config.workflow import ParityGate
 from olive.engine.gates.compare import References, compare, probes, torch_logits
 from olive.engine.result import GateResult
-from olive.errors import PassFailed
+from olive.errors import GateFailed, PassFailed
 from olive.models.artifact import Artifact
 from olive.models.hf import load_model, read_json
 from olive.passes.base import PassContext
@@ -40,6 +40,7 @@ def ladder(facts: Mapping[str, Any]) -> str:
         edits.append('"type": "Gptq", with a data_config to calibrate on')
     if not edits:
         return 'Set "bits": 8, or use SelectiveMixedPrecision with a larger budget before it.'
+    edits.append('or all of that unasked: "fallback": true')
     return f"Edit the quantising pass, one after the other until it passes: {'; '.join(edits)}."
 
 
@@ -83,6 +84,14 @@ def check(
     found = compare(expected, got)
     if known is not None:
         known.keep(after, chosen, got)
+    figures = {
+        "kl": found.kl,
+        "kl_worst_position": found.kl_max,
+        "top1": found.top1,
+        "positions": float(found.positions),
+        "flatness": found.flatness(1),
+        "flatness_source": found.flatness(0),
+    }
     flat = found.flatness(1) > _FLAT and found.flatness(0) < _SHARP
     for wrong, message in (
         (bool(found.bad), f"NaN or infinity at {found.bad} of {found.positions} positions"),
@@ -97,16 +106,12 @@ def check(
         ),
     ):
         if wrong:
-            raise PassFailed(
-                f"parity gate: {message} (precision {precision})", where=where, fix=ladder(ctx.facts)
+            raise GateFailed(
+                f"parity gate: {message} (precision {precision})",
+                where=where,
+                fix=ladder(ctx.facts),
+                figures=figures,
+                limits=limits,
             )
-    figures = {
-        "kl": found.kl,
-        "kl_worst_position": found.kl_max,
-        "top1": found.top1,
-        "positions": float(found.positions),
-        "flatness": found.flatness(1),
-        "flatness_source": found.flatness(0),
-    }
     text = f"{precision}: KL {found.kl:.3g} nat a token, top token agrees at {found.top1:.0%} of positions"
     return GateResult(gate="parity", passed=True, figures=figures, limits=limits, text=text)

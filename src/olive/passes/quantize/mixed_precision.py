@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
@@ -14,14 +15,20 @@ from olive.errors import PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import describe
-from olive.models.quantised import EMBEDDING, HEAD, Layer
+from olive.models.quantised import Layer
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.quantize import calibration, precision, targets
 from olive.passes.quantize.calibration import CalibrationParams
+from olive.passes.quantize.options import (
+    budget_of,
+    bytes_of,
+    choose_within,
+    high_params,
+    options_of,
+    units_of,
+    weights_of,
+)
 from olive.passes.quantize.targets import Bits, Override
-
-if TYPE_CHECKING:
-    import torch
 
 _SCORED = ("snr", "snr_relative", "iqe", "iqe_relative", "kld_gradient")
 
@@ -55,6 +62,11 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
         bits_per_weight: float | None = Field(
             None, gt=0, description="Budget: bits of a weight, with its share of scales and zero points."
         )
+        group_sizes: tuple[int, ...] | None = Field(
+            None,
+            description="Blocks that kl may also choose, at bits and at high_bits. Default: 16, 32, 64 and "
+            "128 where the target's kernels were verified; [] for none.",
+        )
         calibration_tokens: int = Field(
             4096,
             ge=calibration.MINIMUM,
@@ -72,8 +84,15 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
         """Both settings fit layers and kernels; one budget, which can be met; data to measure on."""
-        for each in (params, _high(params)):
+        more = [params.model_copy(update={"group_size": group}) for group in params.group_sizes or ()]
+        for each in (params, high_params(params), *more):
             yield from targets.check(model, each, accelerator.execution_provider)
+        if params.fallback:
+            yield Problem(
+                "this pass makes no integers that a gate could refuse",
+                where="fallback",
+                fix="Set it on the quantiser that comes next.",
+            )
         budgets = [name for name in ("ratio", "size", "bits_per_weight") if getattr(params, name) is not None]
         if params.algorithm.startswith("k_quant"):
             if budgets:
@@ -90,10 +109,9 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
                 fix="Set one of size, bits_per_weight and ratio.",
             )
         else:
-            least = sum(
-                min(_bytes(model, name, layer) for layer in both) for name, both in _both(model, params)
-            )
-            allowed = _budget(model, params)
+            options = options_of(model, params, accelerator.execution_provider)
+            least = sum(min(bytes_of(model, name, layer) for layer in many) for name, many in options.items())
+            allowed = budget_of(model, params, options)
             if least > allowed:
                 yield Problem(
                     f"{budgets[0]} allows {allowed:,} bytes, and at {params.bits} bits there are {least:,}",
@@ -102,7 +120,7 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
                 )
         if params.algorithm in _SCORED:
             yield Problem(
-                f"{params.algorithm} is measured as kl: by the predictions, and the budget is met exactly",
+                f"{params.algorithm} is measured as kl: by the predictions",
                 where="algorithm",
                 severity=Severity.NOTE,
             )
@@ -110,7 +128,7 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
     def estimate(
         self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
     ) -> Cost:
-        """The model in float32, both changes of it in bfloat16, activations of one batch; a copied folder."""
+        """The model in float32, a change of it in bfloat16, activations of one batch; a copied folder."""
         size = sum(
             prod(shape) * (4 if code in ("F32", "I32") else 2) for code, shape in model.tensors.values()
         )
@@ -119,10 +137,10 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
         tokens = calibration.count(params, data)
         return Cost(
             memory=(800 << 20)
-            + 8 * model.parameters
+            + 7 * model.parameters
             + _BATCH * 64 * int(model.config.get("hidden_size", 1024)) * 4,
             disk=size,
-            seconds=5.0 + model.parameters * (1e-7 + 3e-10 * tokens),
+            seconds=5.0 + model.parameters * (2e-7 + 6e-10 * tokens),
         )
 
     def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:
@@ -134,18 +152,17 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
         from olive.store.copying import copy_file
 
         info = describe(model.path)
-        pairs = dict(_both(info, params))
+        options = options_of(info, params, ctx.target.execution_provider)
         if params.algorithm.startswith("k_quant"):
-            rich = precision.preset(params.algorithm, pairs, int(info.config["num_hidden_layers"]))
-            rows: list[dict[str, Any]] = []
+            rich = precision.preset(params.algorithm, options, int(info.config["num_hidden_layers"]))
+            choice = {name: many[name in rich] for name, many in options.items()}
         else:
-            rich, rows = self._measured(model, info, params, pairs, ctx)
+            choice = self._measured(model, info, params, options, ctx)
         for path in sorted(model.path.rglob("*")):
             if path.is_file():
                 target = ctx.out / path.relative_to(model.path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 copy_file(path, target)
-        choice = {name: pair[name in rich] for name, pair in pairs.items()}
         precision.write(
             ctx.out,
             {
@@ -153,14 +170,16 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
                 for name, one in choice.items()
             },
         )
-        size = sum(_bytes(info, name, layer) for name, layer in choice.items())
-        weights = sum(_weights(info, name) for name in choice)
+        size = sum(bytes_of(info, name, layer) for name, layer in choice.items())
+        weights = sum(weights_of(info, name) for name in choice)
         ctx.facts |= {
             "method": params.algorithm,
-            "high": sorted(rich & set(choice)),
+            "high": [name for name, one in choice.items() if one.bits == params.high_bits > params.bits],
             "bytes": size,
             "bits_per_weight": round(8 * size / weights, 4),
-            "sensitivity": rows,
+            "settings": dict(
+                Counter(f"{one.bits} bits in blocks of {one.group_size}" for one in choice.values())
+            ),
         }
 
     def _measured(
@@ -168,46 +187,47 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
         model: Artifact,
         info: ModelInfo,
         params: Params,
-        pairs: Mapping[str, tuple[Layer, Layer]],
+        options: Mapping[str, tuple[Layer, ...]],
         ctx: PassContext,
-    ) -> tuple[set[str], list[dict[str, Any]]]:
-        from olive.quantization.knapsack import choose
-
-        losses = self._losses(model, params, pairs, ctx)
-        units = units_of(pairs)
-        options = [
+    ) -> dict[str, Layer]:
+        """The settings of least KL in sum within the budget."""
+        losses = self._losses(model, params, options, ctx)
+        units = units_of(options)
+        items = [
             [
                 (
-                    sum(_bytes(info, name, pairs[name][high]) for name in unit),
-                    sum(losses[name][high] for name in unit),
+                    sum(bytes_of(info, name, options[name][number]) for name in unit),
+                    sum(losses[name][number] for name in unit),
                 )
-                for high in (0, 1)
+                for number in range(len(options[unit[0]]))
             ]
             for unit in units
         ]
-        taken = choose(options, _budget(info, params))
+        taken = choose_within(items, budget_of(info, params, options))
         if taken is None:
             raise PassFailed("the budget is below what all layers take at the least", fix="Allow more.")
-        rich = {name for unit, high in zip(units, taken, strict=True) if high for name in unit}
-        rows = [
-            {"names": list(unit), "kl": [loss for _, loss in each]}
-            for unit, each in zip(units, options, strict=True)
+        ctx.facts["expected_kl"] = sum(item[number][1] for item, number in zip(items, taken, strict=True))
+        ctx.facts["sensitivity"] = [
+            {"names": list(unit), "kl": [loss for _, loss in item]}
+            for unit, item in zip(units, items, strict=True)
         ]
-        return rich, rows
+        found = {
+            name: options[name][number] for unit, number in zip(units, taken, strict=True) for name in unit
+        }
+        return {name: found[name] for name in options}
 
     def _losses(
         self,
         model: Artifact,
         params: Params,
-        pairs: Mapping[str, tuple[Layer, Layer]],
+        options: Mapping[str, tuple[Layer, ...]],
         ctx: PassContext,
     ) -> dict[str, list[float]]:
-        """Estimated KL of each layer at either setting."""
+        """KL of each layer at each setting."""
         import torch
 
         from olive.models.hf import load_model
-        from olive.quantization.k_quant import magnitudes, search
-        from olive.quantization.sensitivity import expected_kl
+        from olive.passes.quantize.divergence import losses
 
         rows = calibration.read(
             ctx.data[params.data_config or ""],
@@ -220,71 +240,10 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
             torch.set_num_threads(max(1, ctx.machine.cores))
         device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
         network = load_model(model.path, dtype="float32").to(device).requires_grad_(False).eval()
-        changes: dict[str, list[torch.Tensor]] = {}
-        ctx.progress.start("sensitivity", len(pairs))
-        for done, (name, pair) in enumerate(pairs.items(), 1):
-            weight = network.get_submodule(name).weight.data
-            found = [search(weight, one.grid, magnitudes(weight, one.grid)).dequantise() for one in pair]
-            changes[name] = [(one - weight).bfloat16() for one in found]
-            ctx.progress.update(done)
-        ctx.progress.finish()
-        return expected_kl(network, rows.batches(_BATCH), changes, params.seed)
+        found, ctx.facts["corrections"] = losses(
+            network, rows.batches(_BATCH), options, params.seed, ctx.progress
+        )
+        return found
 
 
 _BATCH = 1024  # tokens whose activations are held for the backward pass
-
-
-def units_of(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Layers that must share their settings together, since the export packs them into one matrix."""
-    units: dict[str, list[str]] = {}
-    for name in names:
-        prefix, _, last = name.rpartition(".")
-        shared = next((key[0] for key in targets.SHARED if last in key), None)
-        units.setdefault(name if shared is None else f"{prefix}.{shared}", []).append(name)
-    return [tuple(unit) for unit in units.values()]
-
-
-def _high(params: SelectiveMixedPrecision.Params) -> SelectiveMixedPrecision.Params:
-    sym = params.sym if params.high_sym is None else params.high_sym
-    group = params.high_group_size or params.group_size
-    return params.model_copy(update={"bits": params.high_bits, "group_size": group, "sym": sym})
-
-
-def _both(
-    info: ModelInfo, params: SelectiveMixedPrecision.Params
-) -> Iterable[tuple[str, tuple[Layer, Layer]]]:
-    plain = info.model_copy(update={"path": info.path / "-"})  # an earlier choice does not bind a new one
-    high = targets.chosen(plain, _high(params))
-    for name, low in targets.chosen(plain, params).items():
-        yield name, (low, high[name])
-
-
-def _shape(info: ModelInfo, name: str) -> tuple[int, ...]:
-    key = f"{name}.weight"
-    if name == HEAD and key not in info.tensors:
-        key = f"{EMBEDDING}.weight"
-    return info.tensors[key][1]
-
-
-def _weights(info: ModelInfo, name: str) -> int:
-    return prod(_shape(info, name))
-
-
-def _bytes(info: ModelInfo, name: str, layer: Layer) -> int:
-    """Stored bytes of a layer: integers, scales of float32, packed zero points."""
-    rows, columns = _shape(info, name)
-    blocks = layer.block_count(columns)
-    zeros = 0 if layer.symmetric else -(-blocks * layer.bits // 8)
-    return rows * (columns * layer.bits // 8 + 4 * blocks + zeros)
-
-
-def _budget(info: ModelInfo, params: SelectiveMixedPrecision.Params) -> int:
-    pairs = dict(_both(info, params))
-    weights = sum(_weights(info, name) for name in pairs)
-    if params.size is not None:
-        return int(params.size * 2 * weights if params.size <= 1 else params.size)
-    if params.bits_per_weight is not None:
-        return int(params.bits_per_weight * weights / 8)
-    low, high = (sum(_bytes(info, name, pair[place]) for name, pair in pairs.items()) for place in (0, 1))
-    ratio = params.ratio if params.ratio is not None else 1.0
-    return int(ratio * low + (1 - ratio) * high)

@@ -13,7 +13,7 @@ from olive.models.quantised import HEAD
 from olive.passes.quantize.targets import CHOICE, Override, number_of
 
 _INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"})
-_OUTPUTS = frozenset({"down_proj", "fc2", "w2", "dense_4h_to_h"})
+OUTPUTS = frozenset({"down_proj", "fc2", "w2", "dense_4h_to_h"})
 _CHOICES = TypeAdapter(dict[str, Override])
 
 
@@ -27,7 +27,7 @@ def preset(algorithm: str, names: Iterable[str], count: int) -> set[str]:
         names: of the layers.
         count: decoder layers.
     """
-    kinds = {"k_quant_last": frozenset[str](), "k_quant_down": _OUTPUTS, "k_quant_mixed": _INPUTS | _OUTPUTS}
+    kinds = {"k_quant_last": frozenset[str](), "k_quant_down": OUTPUTS, "k_quant_mixed": _INPUTS | OUTPUTS}
     return {name for name in names if name == HEAD or _rich(name, count, kinds[algorithm])}
 
 

@@ -24,6 +24,10 @@ SHARED = (("q_proj", "k_proj", "v_proj"),)
 CHOICE = "olive_precision.json"  # beside a model: settings by layer, of SelectiveMixedPrecision
 
 
+Rung = Literal["lm_head", "down_proj", "group_size", "Gptq"]
+RUNGS: tuple[Rung, ...] = ("lm_head", "down_proj", "group_size", "Gptq")
+
+
 class Override(Frozen):
     """Other settings for some layers."""
 
@@ -54,6 +58,16 @@ class QuantizeParams(PassParams):
     )
     modules_to_not_convert: tuple[str, ...] = Field(
         (), description="Layer names or patterns that stay in floating point."
+    )
+    fallback: bool | tuple[Rung, ...] = Field(
+        False,
+        description="What to try, in this order and one on top of the other, when the parity gate fails: 8 "
+        "bits for `lm_head`, 8 bits for `down_proj`, a smaller `group_size`, `Gptq`. true: all of them.",
+    )
+    fallback_data_config: str | None = Field(
+        None,
+        description="Data that the rung `Gptq` calibrates on. Default: the pass's own, where it has one.",
+        json_schema_extra={"reference": "data_configs"},
     )
 
 
@@ -131,6 +145,14 @@ def check(info: ModelInfo, params: QuantizeParams, provider: str) -> Iterator[Pr
             fix="Check modules_to_not_convert." if params.modules_to_not_convert else "Use another model.",
         )
         return
+    if not isinstance(params.fallback, bool) and "Gptq" in params.fallback:
+        data = params.fallback_data_config or getattr(params, "data_config", None)
+        if data is None:
+            yield Problem(
+                "the rung Gptq has nothing to calibrate on",
+                where="fallback",
+                fix="Name a fallback_data_config, or leave the rung out.",
+            )
     yield from _check_head(info, params)
     yield from _check_overrides(params, [*layers, HEAD])
     yield from _check_blocks(info, layers)
