@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,9 @@ def test_bits_by_layer_reach_the_export(
     layers = steps["quantise"]["facts"]["layers"]
     assert 0 < len(high) < len(layers)
     assert high == {row["name"] for row in layers if row["bits"] == 8}
+    made = Counter(f"{row['bits']} bits in blocks of {row['group_size']}" for row in layers)
+    assert made == steps["choice"]["facts"]["settings"]
+    assert (len({row["group_size"] for row in layers}) > 1) == (choice["algorithm"] == "kl")
     gates = {gate["gate"]: gate["figures"] for gate in steps["export"]["gates"]}
     assert gates["parity"]["kl"] < 0.02
     assert not (tmp_path / "out" / "model" / "olive_precision.json").exists()
