@@ -28,6 +28,7 @@ _TABLE: dict[str, str] = {
     "Gptq": "olive.passes.quantize.gptq:Gptq",
     "Awq": "olive.passes.quantize.awq:Awq",
     "Hqq": "olive.passes.quantize.hqq:Hqq",
+    "SelectiveMixedPrecision": "olive.passes.quantize.mixed_precision:SelectiveMixedPrecision",
     "ModelBuilder": "olive.passes.export.model_builder:ModelBuilder",
 }
 
