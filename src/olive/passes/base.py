@@ -122,6 +122,7 @@ class Pass(ABC, Generic[P]):
         pairs: whether it reads its data as pairs of a preferred and a rejected answer.
         strategies: how several processes may share the model while they run it together.
         makes_integers: whether the weights it makes are integers, which most passes cannot go on from.
+        reads_integers: whether it goes on from them.
     """
 
     Params: ClassVar[type[PassParams]]
@@ -134,6 +135,7 @@ class Pass(ABC, Generic[P]):
     pairs: ClassVar[bool] = False
     strategies: ClassVar[tuple[str, ...]] = ("ddp", "fsdp")
     makes_integers: ClassVar[bool] = False
+    reads_integers: ClassVar[bool] = False
 
     def check(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
