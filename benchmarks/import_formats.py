@@ -3,11 +3,11 @@
     python benchmarks/import_formats.py [--sizes 4096x4096 3584x18944] [--repeats 5]
 
 Each case runs in a process of its own, on one thread: random integers packed as the format says, turned into
-MatMulNBits' bytes by the installed onnxruntime-genai (its loader's own methods, from the tensors in memory on)
-and by ours (the view that an export reads, from the safetensors file on). Both must give the integers and zero
-points that were drawn. Seconds of the processor, the least of the repeats; memory is what the process grew by
-above the packed tensors. genai keeps float16 weights in between: with scales in float16 its integers may come
-out different, which is counted.
+MatMulNBits' bytes by the installed onnxruntime-genai (its loader's own methods, from the tensors in memory
+on) and by ours (the view that an export reads, from the safetensors file on). Both must give the integers and
+zero points that were drawn. Seconds of the processor, the least of the repeats; memory is what the process
+grew by above the packed tensors. genai keeps float16 weights in between: with scales in float16 its integers
+may come out different, which is counted.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def child(kind: str, sym: bool, rows: int, columns: int, repeats: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", default=["4096x4096", "3584x3584", "3584x18944"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from olive.config.base import PassParams
 from olive.config.loader import Loaded
 from olive.config.workflow import Accelerator, DataConfig, PassEntry, Workflow
 from olive.data.plan import Preview, preview
@@ -241,6 +242,7 @@ def _held_out(workflow: Workflow, name: str) -> tuple[float, int | None]:
 
 def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) -> Iterator[Problem]:
     kind = Kind.ADAPTER if workflow.input_model.adapter_path else Kind.HF
+    before = PassParams()
     integers, given = False, info is not None and method_of(info.config) == METHOD
     for name, entry in workflow.passes.items():
         technique: Pass[Any] = resolve(entry.type)()
@@ -258,9 +260,18 @@ def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) 
                 ),
             )
         if integers:
-            for problem in technique.check_integers(entry.params):
+            for problem in (
+                *technique.check_integers(entry.params),
+                *technique.check_settings(entry.params, before),
+            ):
                 located = where if problem.where is None else f"{where}.{problem.where}"
                 yield Problem(problem.message, located, problem.fix, problem.severity, problem.exit_code)
+        if technique.needs_integers and not (integers or given):
+            yield Problem(
+                f"{entry.type} takes a model of integers, and none comes before it",
+                where,
+                "Put a quantising pass before it, e.g. KQuant.",
+            )
         if given and not (technique.reads_integers or technique.makes_integers):
             yield Problem(
                 f"{entry.type} takes a model in floating point, and the input model is stored as integers",
@@ -268,7 +279,7 @@ def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) 
                 "Use the model in floating point as input_model.",
             )
         kind = technique.produces
-        integers, given = technique.makes_integers, False
+        integers, given, before = technique.makes_integers, False, entry.params
         missing = [name for name in technique.libraries if library_version(name, machine) is None]
         if missing:
             ours = type(technique).__module__.startswith("olive.")

@@ -28,6 +28,7 @@ _TABLE: dict[str, str] = {
     "Gptq": "olive.passes.quantize.gptq:Gptq",
     "Awq": "olive.passes.quantize.awq:Awq",
     "Hqq": "olive.passes.quantize.hqq:Hqq",
+    "SaveQuantized": "olive.passes.save.save_quantized:SaveQuantized",
     "ModelBuilder": "olive.passes.export.model_builder:ModelBuilder",
 }
 

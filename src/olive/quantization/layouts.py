@@ -25,29 +25,29 @@ def words_down(words: torch.Tensor) -> torch.Tensor:
 
     Any number of bits: 3-bit codes run on from word to word, and so they do from byte to byte.
     """
-    return words.T.contiguous().view(torch.uint8)
+    return as_bytes(words.T)
 
 
 def to_words_down(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of ``words_down``; a row's bytes must fill words."""
-    return packed.contiguous().view(torch.int32).T.contiguous()
+    return as_words(packed).T.contiguous()
 
 
 def words_across(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Codes, uint8 (rows, count), of int32 words that run along a row."""
-    return unpack(words.contiguous().view(torch.uint8), bits, count)
+    return unpack(as_bytes(words), bits, count)
 
 
 def to_words_across(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of ``words_across``; the last word is filled up with 0."""
     packed = pack(codes, bits)
-    return torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
+    return as_words(torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)))
 
 
 def awq_bytes(words: torch.Tensor) -> torch.Tensor:
     """AWQ's ``qweight``, int32 (inputs, outputs / 8), as bytes (outputs, inputs / 2); inputs are even."""
     inputs, groups = words.shape
-    pairs = words.contiguous().view(torch.uint8).view(inputs // 2, 2, groups * 4)
+    pairs = as_bytes(words).view(inputs // 2, 2, groups * 4)
     even, odd = pairs[:, 0], pairs[:, 1]
     low = ((even & 15) | (odd << 4)).T.contiguous()
     high = ((even >> 4) | (odd & 240)).T.contiguous()
@@ -67,7 +67,7 @@ def to_awq_words(packed: torch.Tensor) -> torch.Tensor:
     words = torch.empty((half, 2, outputs // 2), dtype=torch.uint8)
     words[:, 0] = (low & 15) | (high << 4)
     words[:, 1] = (low >> 4) | (high & 240)
-    return words.view(half * 2, outputs // 2).view(torch.int32)
+    return as_words(words.view(half * 2, outputs // 2))
 
 
 def awq_codes(words: torch.Tensor) -> torch.Tensor:
@@ -110,3 +110,13 @@ def block_order(index: torch.Tensor, width: int) -> torch.Tensor | None:
         raise ValueError("inputs of a group do not lie together")
     order = blocks[:, 0].long()
     return None if torch.equal(order, torch.arange(len(order))) else order
+
+
+def as_bytes(words: torch.Tensor) -> torch.Tensor:
+    """int32 (rows, n) as uint8 (rows, 4 n)."""
+    return words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
+
+
+def as_words(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 (rows, 4 n) as int32 (rows, n)."""
+    return packed.reshape(-1).view(torch.int32).view(packed.shape[0], -1)

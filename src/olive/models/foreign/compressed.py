@@ -61,8 +61,10 @@ class _Matrix:
     def qweight(self, load: Load) -> torch.Tensor:
         import torch
 
+        from olive.quantization.layouts import as_bytes
+
         if self.packed:
-            return load(f"{self.name}.weight_packed").contiguous().view(torch.uint8)
+            return as_bytes(load(f"{self.name}.weight_packed"))
         return load(f"{self.name}.weight").view(torch.uint8) ^ 128  # plus 128, modulo 256
 
     def scales(self, load: Load) -> torch.Tensor:
