@@ -373,12 +373,21 @@ class BundleGate(Frozen):
     enabled: bool = Field(True, description="Whether the gate holds.")
 
 
+class IntegersGate(Frozen):
+    """What is written in another tool's format has the integers it came from."""
+
+    enabled: bool = Field(True, description="Whether the gate holds.")
+
+
 class Gates(Frozen):
     """Checks between stages."""
 
     merge: MergeGate = Field(MergeGate(), description="The merged model is base plus adapter.")
     parity: ParityGate = Field(ParityGate(), description="The exported model answers as its source.")
     bundle: BundleGate = Field(BundleGate(), description="The final folder loads and generates.")
+    integers: IntegersGate = Field(
+        IntegersGate(), description="A model saved in another format, read again, has the same integers."
+    )
 
 
 class Workflow(Frozen):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from olive.config.base import PassParams
 from olive.config.loader import Loaded
 from olive.config.workflow import Accelerator, DataConfig, PassEntry, Workflow
 from olive.data.plan import Preview, preview
@@ -31,6 +32,7 @@ from olive.hardware.probe import disk_free, probe, training_dtype
 from olive.hardware.tested import check as check_versions
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import describe, native_architecture, needs_remote_code
+from olive.models.quantised import METHOD, method_of
 from olive.passes.base import Cost, Pass
 from olive.passes.registry import resolve
 from olive.resources.digest import folder_digest
@@ -112,6 +114,7 @@ def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | No
     info, model = _input(loaded, root, findings)
     if info is not None:
         findings += _check_trust(workflow, info)
+        findings += [Problem(note, "input_model", severity=Severity.NOTE) for note in info.notes]
     previews = _previews(loaded, info, machine, findings)
     findings += _check_passes(workflow, info, machine)
     for name in {entry.evaluator for entry in workflow.passes.values()} | {workflow.evaluator}:
@@ -239,7 +242,8 @@ def _held_out(workflow: Workflow, name: str) -> tuple[float, int | None]:
 
 def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) -> Iterator[Problem]:
     kind = Kind.ADAPTER if workflow.input_model.adapter_path else Kind.HF
-    integers = False
+    before = PassParams()
+    integers, given = False, info is not None and method_of(info.config) == METHOD
     for name, entry in workflow.passes.items():
         technique: Pass[Any] = resolve(entry.type)()
         where = f"passes.{name}"
@@ -256,11 +260,26 @@ def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) 
                 ),
             )
         if integers:
-            for problem in technique.check_integers(entry.params):
+            for problem in (
+                *technique.check_integers(entry.params),
+                *technique.check_settings(entry.params, before),
+            ):
                 located = where if problem.where is None else f"{where}.{problem.where}"
                 yield Problem(problem.message, located, problem.fix, problem.severity, problem.exit_code)
+        if technique.needs_integers and not (integers or given):
+            yield Problem(
+                f"{entry.type} takes a model of integers, and none comes before it",
+                where,
+                "Put a quantising pass before it, e.g. KQuant.",
+            )
+        if given and not (technique.reads_integers or technique.makes_integers):
+            yield Problem(
+                f"{entry.type} takes a model in floating point, and the input model is stored as integers",
+                where,
+                "Use the model in floating point as input_model.",
+            )
         kind = technique.produces
-        integers = technique.makes_integers
+        integers, given, before = technique.makes_integers, False, entry.params
         missing = [name for name in technique.libraries if library_version(name, machine) is None]
         if missing:
             ours = type(technique).__module__.startswith("olive.")

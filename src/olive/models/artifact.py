@@ -48,6 +48,7 @@ class ModelInfo(Frozen):
         tensors: tensor name -> (dtype as safetensors names it, shape).
         chat_template: whether the tokenizer brings one.
         adapter: folder of the adapter that the document brings beside the model.
+        notes: what its user should know, e.g. of a format that was translated.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class ModelInfo(Frozen):
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     chat_template: bool = False
     adapter: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:

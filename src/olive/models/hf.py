@@ -18,7 +18,9 @@ from olive.hardware.probe import installed, probe
 from olive.hardware.products import choose_products
 from olive.hardware.tested import version_tuple
 from olive.models.artifact import Kind, ModelInfo
-from olive.models.quantised import METHOD, method_of
+from olive.models.foreign.opened import open_tensors, view_of
+from olive.models.quantised import method_of
+from olive.models.stream import LazyTensors
 from olive.models.tensors import read_header, read_tensors
 
 if TYPE_CHECKING:
@@ -78,7 +80,13 @@ def describe(folder: Path) -> ModelInfo:
     tensors = read_tensors(folder)
     if not tensors:
         raise _no_weights(folder)
-    return ModelInfo(path=folder, kind=Kind.HF, config=config, tensors=tensors, chat_template=template)
+    notes: tuple[str, ...] = ()
+    if (view := view_of(folder, config)) is not None:
+        config, notes = view.config(config), tuple(view.notes)
+        tensors = {name: part.layout for name, part in view.parts.items()}
+    return ModelInfo(
+        path=folder, kind=Kind.HF, config=config, tensors=tensors, chat_template=template, notes=notes
+    )
 
 
 def _no_weights(folder: Path) -> ConfigError | UntrustedInput:
@@ -112,6 +120,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds no JSON object", fix="Copy or download the file again.")
     return value
+
+
+def open_model(folder: Path) -> tuple[LazyTensors, dict[str, Any]]:
+    """The tensors of a model folder and its config in our terms, whatever format it is stored in.
+
+    Raises:
+        ConfigError: a format that is not read here, or a damaged one.
+    """
+    return open_tensors(folder, read_json(folder / "config.json"))
 
 
 def _has_chat_template(folder: Path) -> bool:
@@ -185,7 +202,7 @@ def load_model(
 
         machine = probe()
         choose_products(machine.cpu, machine.cpu_features)
-        if method_of(info.config) == METHOD:
+        if method_of(read_json(folder / "config.json")) is not None:
             from olive.models.skeleton import load_expanded
 
             expanded = load_expanded(folder, dtype, attn_implementation)

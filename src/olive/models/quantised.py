@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from olive.errors import ConfigError
-from olive.models.stream import LazyTensors
 
 if TYPE_CHECKING:
     import torch
@@ -96,26 +97,36 @@ def settings(default: Layer, layers: Mapping[str, Layer], *, head: bool, tied: b
     }
 
 
-class DequantisedTensors(LazyTensors):
-    """The tensors of a quantised model in floating point, each expanded when asked for.
+class DequantisedTensors:
+    """The tensors of a quantised model in floating point, each expanded when asked for. A context manager.
 
     Args:
         folder: of the model.
         config: its config.json.
     """
 
-    def __init__(self, folder: Any, config: Mapping[str, Any]) -> None:
-        super().__init__(folder)
-        self.config = config
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        from olive.models.foreign.opened import open_tensors
+
+        self.stored, self.config = open_tensors(folder, config)
         self.layers = sorted(
-            name.removesuffix(".qweight") for name in self.layout if name.endswith(".qweight")
+            name.removesuffix(".qweight") for name in self.stored if name.endswith(".qweight")
         )
-        self._tied = f"{HEAD}.qweight" in self.layout and f"{EMBEDDING}.weight" not in self.layout
+        self._tied = f"{HEAD}.qweight" in self.stored and f"{EMBEDDING}.weight" not in self.stored
+
+    def __enter__(self) -> Self:
+        self.stored.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stored.__exit__(kind, error, trace)
 
     def names(self) -> Iterator[str]:
         """Names as a model in floating point has them."""
         parts = (".qweight", ".scales", ".qzeros")
-        yield from (name for name in self.layout if not name.endswith(parts))
+        yield from (name for name in self.stored if not name.endswith(parts))
         yield from (f"{name}.weight" for name in self.layers)
         if self._tied:
             yield f"{EMBEDDING}.weight"
@@ -126,13 +137,13 @@ class DequantisedTensors(LazyTensors):
         Raises:
             ConfigError: its parts do not fit each other.
         """
-        if name in self.layout:
-            return self[name]
+        if name in self.stored:
+            return self.stored[name]
         if self._tied and name == f"{EMBEDDING}.weight":
             return self.expanded(f"{HEAD}.weight")
         layer = name.removesuffix(".weight")
         stored = layer_of(self.config, layer)
-        packed, scales = self[f"{layer}.qweight"], self[f"{layer}.scales"]
+        packed, scales = self.stored[f"{layer}.qweight"], self.stored[f"{layer}.scales"]
         columns = packed.shape[1] * 8 // stored.bits
         if scales.shape != (packed.shape[0], stored.block_count(columns)):
             raise ConfigError(
@@ -140,7 +151,8 @@ class DequantisedTensors(LazyTensors):
                 f"{stored.group_size}",
                 fix=_AGAIN,
             )
-        zeros = self[f"{layer}.qzeros"] if f"{layer}.qzeros" in self.layout else None
+        points = f"{layer}.qzeros"
+        zeros = self.stored[points] if points in self.stored.layout else None
         return expand(stored, packed, scales, zeros, columns)
 
 

@@ -97,11 +97,23 @@ class SeenTensors(LazyTensors):
     """
 
     def __init__(self, folder: Path, seen: Seen | None) -> None:
-        super().__init__(folder)
+        from olive.models.hf import open_model
+
+        self._inner = open_model(folder)[0]
+        self.folder, self.layout, self.by_file = folder, self._inner.layout, self._inner.by_file
         self.seen = seen
 
+    def __enter__(self) -> Self:
+        self._inner.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inner.__exit__(kind, error, trace)
+
     def __getitem__(self, name: str) -> torch.Tensor:
-        stored = super().__getitem__(name)
+        stored = self._inner[name]
         return stored if self.seen is None else self.seen.tensor(name, stored)
 
 

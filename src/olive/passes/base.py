@@ -122,6 +122,8 @@ class Pass(ABC, Generic[P]):
         pairs: whether it reads its data as pairs of a preferred and a rejected answer.
         strategies: how several processes may share the model while they run it together.
         makes_integers: whether the weights it makes are integers, which most passes cannot go on from.
+        reads_integers: whether it goes on from them.
+        needs_integers: whether it goes on from nothing else.
     """
 
     Params: ClassVar[type[PassParams]]
@@ -134,6 +136,8 @@ class Pass(ABC, Generic[P]):
     pairs: ClassVar[bool] = False
     strategies: ClassVar[tuple[str, ...]] = ("ddp", "fsdp")
     makes_integers: ClassVar[bool] = False
+    reads_integers: ClassVar[bool] = False
+    needs_integers: ClassVar[bool] = False
 
     def check(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
@@ -150,6 +154,10 @@ class Pass(ABC, Generic[P]):
             f"{type(self).__name__} takes a model in floating point, and a pass before it makes integers",
             fix="Put the quantising pass after it.",
         )
+
+    def check_settings(self, params: P, quantiser: PassParams) -> Iterable[Problem]:
+        """What is wrong with integers as the pass before it, with parameters ``quantiser``, makes them."""
+        return ()
 
     def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
         """Expected peak memory, disk and time; ``data`` counts the rows and tokens of each data config."""

@@ -29,6 +29,7 @@ _TABLE: dict[str, str] = {
     "Awq": "olive.passes.quantize.awq:Awq",
     "Hqq": "olive.passes.quantize.hqq:Hqq",
     "SelectiveMixedPrecision": "olive.passes.quantize.mixed_precision:SelectiveMixedPrecision",
+    "SaveQuantized": "olive.passes.save.save_quantized:SaveQuantized",
     "ModelBuilder": "olive.passes.export.model_builder:ModelBuilder",
 }
 

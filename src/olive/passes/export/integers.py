@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olive.errors import PassFailed, Problem
-from olive.models.hf import read_json
+from olive.models.hf import open_model
 from olive.models.quantised import EMBEDDING, HEAD, METHOD, Layer, layer_of, method_of
 from olive.models.stream import LazyTensors
 
@@ -28,7 +28,7 @@ _FUSED = ("qkv_proj", "gate_up_proj")
 
 def stored_as_integers(folder: Path) -> bool:
     """Whether the weights of a model folder are integers in our layout."""
-    return method_of(read_json(folder / "config.json")) == METHOD
+    return method_of(open_model(folder)[1]) == METHOD
 
 
 def check_precision(precision: str) -> list[Problem]:
@@ -50,10 +50,9 @@ def check(folder: Path, precision: str) -> None:
     Raises:
         PassFailed: a precision without integers, or layers it has no operator for.
     """
-    config = read_json(folder / "config.json")
+    tensors, config = open_model(folder)
     if problems := check_precision(precision):
         raise PassFailed(problems=problems)
-    tensors = LazyTensors(folder)
     for name in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
         if (group := layer_of(config, name).group_size) < 16 or group & (group - 1):
             raise PassFailed(
@@ -82,13 +81,13 @@ def prepared(folder: Path, scratch: Path) -> Iterator[Path]:
     from safetensors.torch import save_file
 
     scratch.mkdir(parents=True)
-    config = read_json(folder / "config.json")
+    opened, config = open_model(folder)
     sizes = _sizes(config)
     overrides: dict[str, Any] = {}
     for path in folder.iterdir():
         if path.suffix != ".safetensors" and path.name not in ("config.json", "model.safetensors.index.json"):
             (scratch / path.name).symlink_to(path.resolve())
-    with LazyTensors(folder) as tensors:
+    with opened as tensors:
         for number, names in enumerate(tensors.by_file.values()):
             made: dict[str, torch.Tensor] = {}
             for name in names:
@@ -153,7 +152,7 @@ def finish_head(folder: Path, source: Path) -> None:
 
     The bytes stay; only the header of the graph changes.
     """
-    tensors = LazyTensors(source)
+    tensors, _ = open_model(source)
     if f"{HEAD}.qweight" not in tensors or f"{EMBEDDING}.weight" in tensors:
         return
     import onnx

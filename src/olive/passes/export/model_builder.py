@@ -28,6 +28,7 @@ from olive.passes.export import builder_source, integers
 from olive.passes.export.k_quant import k_quant_in_parts
 from olive.passes.export.pages import pages_let_go
 from olive.passes.export.quiet import captured
+from olive.passes.quantize.targets import check_stored
 
 _DISTRIBUTIONS = ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml")
 _NEEDED = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime")
@@ -130,6 +131,7 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
     libraries = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
     gates = ("parity", "bundle")
     hardware = ("execution_provider",)
+    reads_integers = True
 
     def check(
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
@@ -151,6 +153,7 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
             )
         if method_of(model.config) == METHOD:
             yield from self.check_integers(params)
+            yield from check_stored(model, accelerator.execution_provider)
         source = builder_source.read()
         if source is not None:
             yield from _check_architecture(model, source)

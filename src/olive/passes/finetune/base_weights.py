@@ -17,9 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from olive.config.base import Dtype
-from olive.models.hf import load_model
+from olive.models.hf import load_model, open_model
 from olive.models.seen import Seen
-from olive.models.stream import LazyTensors
 from olive.passes.base import PassContext
 from olive.passes.finetune import attention
 from olive.quantization.blockwise import (
@@ -101,7 +100,7 @@ def quantise_base(
         device: where the codes are made and stay.
         keep_expanded: hold expanded weights instead of codes.
     """
-    with LazyTensors(folder) as stored, torch.no_grad():
+    with open_model(folder)[0] as stored, torch.no_grad():
         for name in sorted(seen.modules):
             layer = model.get_submodule(name)
             weight = stored[f"{name}.weight"].to(device).float()

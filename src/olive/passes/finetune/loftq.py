@@ -34,7 +34,7 @@ class LoftQ(Rounded["LoftQ.Params"]):
         self, folder: Path, params: Params, dtype: Dtype, ctx: PassContext, told: Seen | None
     ) -> PreTrainedModel:
         """The base with rounded layers; those that get adapters less what these start with."""
-        from olive.models.stream import LazyTensors
+        from olive.models.hf import open_model
         from olive.passes.finetune.base_weights import linear_names, load_on_cpu, round_base
 
         if told is not None:
@@ -45,7 +45,7 @@ class LoftQ(Rounded["LoftQ.Params"]):
         device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
         adapted = chosen(base.config.to_dict(), params.target_modules, params.layers_to_transform, names)
         initial = {}
-        with LazyTensors(folder) as stored:
+        with open_model(folder)[0] as stored:
             for done, name in enumerate(adapted):
                 ctx.progress.update(done)
                 weight = stored[f"{name}.weight"].to(device).float()

@@ -14,7 +14,7 @@ from olive.errors import PassFailed, Problem
 from olive.hardware.machine import Machine
 from olive.hardware.products import choose_products
 from olive.models.artifact import Artifact, Kind, ModelInfo
-from olive.models.hf import describe
+from olive.models.hf import describe, open_model
 from olive.models.quantised import EMBEDDING, HEAD, Layer
 from olive.models.stream import LazyTensors
 from olive.passes.base import Cost, Pass, PassContext
@@ -80,7 +80,7 @@ class Quantiser(Pass[P]):
         info = describe(model.path)
         chosen = targets.chosen(info, params)
         shelf = Shelf(ctx.journal)
-        with LazyTensors(model.path) as tensors:
+        with open_model(model.path)[0] as tensors:
             try:
                 self.layers(model, info, tensors, chosen, params, shelf, ctx)
             finally:

@@ -12,7 +12,7 @@ from pydantic import Field
 from olive.config.base import Frozen, PassParams
 from olive.errors import Problem, Severity
 from olive.models.artifact import ModelInfo
-from olive.models.quantised import EMBEDDING, HEAD, Layer, method_of
+from olive.models.quantised import EMBEDDING, HEAD, Layer, layer_of, method_of
 from olive.passes.quantize import kernels
 
 Bits = Literal[2, 4, 8]
@@ -156,6 +156,23 @@ def check(info: ModelInfo, params: QuantizeParams, provider: str) -> Iterator[Pr
     yield from _check_head(info, params)
     yield from _check_overrides(params, [*layers, HEAD])
     yield from _check_blocks(info, layers)
+    yield from _check_kernels(layers, provider)
+    yield from _check_shared(layers)
+
+
+def check_stored(info: ModelInfo, provider: str) -> Iterator[Problem]:
+    """What would fail at the export of a model that was brought as integers."""
+    names = [name.removesuffix(".qweight") for name in info.tensors if name.endswith(".qweight")]
+    layers = {name: layer_of(info.config, name) for name in names}
+    for name, layer in layers.items():
+        if layer.group_size not in _GROUPS:
+            yield Problem(
+                f"{name} shares a scale among {'a row' if layer.group_size == -1 else layer.group_size}: no "
+                "operator of ONNX Runtime reads that",
+                where="input_model",
+                fix="Use a checkpoint with a group size of 16, 32, 64, 128 or 256.",
+            )
+            break
     yield from _check_kernels(layers, provider)
     yield from _check_shared(layers)
 

@@ -1,0 +1,1 @@
+"""Passes that give a quantised model the form of other tools."""
