@@ -27,6 +27,7 @@ _TABLE: dict[str, str] = {
     "KQuant": "olive.passes.quantize.k_quant:KQuant",
     "Gptq": "olive.passes.quantize.gptq:Gptq",
     "Awq": "olive.passes.quantize.awq:Awq",
+    "AutoRound": "olive.passes.quantize.auto_round:AutoRound",
     "Hqq": "olive.passes.quantize.hqq:Hqq",
     "SelectiveMixedPrecision": "olive.passes.quantize.mixed_precision:SelectiveMixedPrecision",
     "SaveQuantized": "olive.passes.save.save_quantized:SaveQuantized",
