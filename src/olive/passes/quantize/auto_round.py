@@ -156,7 +156,7 @@ class AutoRound(Calibrated["AutoRound.Params"]):
     ) -> dict[str, Quantised]:
         """Searched scales of every linear layer; the layer and the hidden states stay as they are."""
         found: dict[str, Quantised] = {}
-        now, before = list(stream.now), list(stream.before)
+        now, before = stream.now.copy(), stream.before.copy()
         kept = {name: value.clone() for name, value in layer.state_dict().items()}
 
         def take(group: Group, modules: Mapping[str, torch.nn.Linear]) -> None:

@@ -112,7 +112,8 @@ class LayerStream:
         config = read_json(folder / "config.json")
         self.model_type = str(config.get("model_type", ""))
         self.prefix, self.layers = _decoder_layers(self.model, config)
-        self.real: list[torch.Tensor | None] = []  # which tokens are no padding; None where all are
+        self.masks: list[torch.Tensor] = []  # which tokens are no padding
+        self.real: list[torch.Tensor | None] = []  # the same; None where all are
         self.given: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self.width = int(self.model.get_input_embeddings().weight.shape[1])
         self.now = States(self.device, (1 + paired) * calibration.tokens * self.width * self.dtype.itemsize)
@@ -137,7 +138,8 @@ class LayerStream:
                 self.model(input_ids=ids.to(self.device), use_cache=False)
             self.given.append([recorder.given for recorder in recorders])
             self.now.append(recorders[0].hidden)
-            self.real.append(None if bool(real.all()) else real.to(self.device))
+            self.masks.append(real.to(self.device))
+            self.real.append(None if bool(real.all()) else self.masks[-1])
         for place, layer in enumerate(plain):
             self.layers[place] = layer
         embedding.to("meta")

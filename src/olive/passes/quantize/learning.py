@@ -59,10 +59,10 @@ def learn(
         """Sum of the squared errors of some rows of a batch."""
         index = torch.tensor(picked, device=stream.device)
         made = _call(layer, weights, inputs[place][index], _rows(given[place], index, len(inputs[place])))
-        error = (made - aims[place][index]) * stream.real[place][index][..., None]
+        error = (made - aims[place][index]) * stream.masks[place][index][..., None]
         return error.square().sum()
 
-    real = [mask.sum(1).tolist() for mask in stream.real]
+    real = [mask.sum(1).tolist() for mask in stream.masks]
     width = inputs[0].shape[-1]
     total = width * sum(map(sum, real))
 

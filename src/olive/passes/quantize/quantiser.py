@@ -79,7 +79,7 @@ class Quantiser(Pass[P]):
             torch.backends.cuda.matmul.allow_tf32 = True  # products of activations in 16 bits, and of errors
         info = describe(model.path)
         chosen = targets.chosen(info, params)
-        shelf = Shelf(ctx.journal)
+        shelf = Shelf(ctx.journal, behind=ctx.accelerator.device != "cpu")
         with open_model(model.path)[0] as tensors:
             try:
                 self.layers(model, info, tensors, chosen, params, shelf, ctx)

@@ -25,6 +25,7 @@ class Shelf:
 
     Args:
         journal: of the step.
+        behind: write a unit while the next one is computed; a kill then loses two units, not one.
 
     Attributes:
         rows: what was measured of each layer, in order.
@@ -32,10 +33,11 @@ class Shelf:
         resumed: units that an earlier run had finished.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, *, behind: bool = False) -> None:
         self._journal = journal
         self._where: dict[str, Path] = {}
-        self._writer = ThreadPoolExecutor(1)  # a unit is written while the next one is computed
+        self._writer = ThreadPoolExecutor(1)
+        self._behind = behind
         self._writing: Future[None] | None = None
         self.rows: list[Row] = []
         self.replaced: set[str] = set()
@@ -72,6 +74,8 @@ class Shelf:
         self._writing = self._writer.submit(
             journal.commit, 1, lambda folder: save_file(tensors, folder / _FILE), state
         )
+        if not self._behind:
+            self._settle()
         self._keep(journal.path / "ckpt-1" / FILES, state)
 
     def _settle(self) -> None:

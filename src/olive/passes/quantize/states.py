@@ -48,6 +48,12 @@ class States:
             self._kept[place].copy_(value, non_blocking=True)
         value.record_stream(self._out)
 
+    def __getitem__(self, place: int) -> torch.Tensor:
+        """One of them, on the device."""
+        if self._out is not None:
+            self._out.synchronize()
+        return self._kept[place].to(self._device)
+
     def __iter__(self) -> Iterator[torch.Tensor]:
         """All, on the device; the next one comes while this one is used. One may be replaced meanwhile."""
         if self._in is None or self._out is None:
@@ -82,7 +88,7 @@ class States:
         other._away, other._device, other._in, other._out = self._away, self._device, self._in, self._out
         if self._out is not None:
             self._out.synchronize()
-        other._kept = [kept.clone().pin_memory() if self._away else kept for kept in self._kept]
+        other._kept = [kept.clone().pin_memory() for kept in self._kept] if self._away else list(self._kept)
         return other
 
 
