@@ -31,6 +31,7 @@ from olive.hardware.machine import Machine
 from olive.hardware.probe import disk_free, probe, training_dtype
 from olive.hardware.tested import check as check_versions
 from olive.models.artifact import Artifact, Kind, ModelInfo
+from olive.models.foreign.gguf_folder import unfolded
 from olive.models.hf import describe, native_architecture, needs_remote_code
 from olive.models.quantised import METHOD, method_of
 from olive.passes.base import Cost, Pass
@@ -157,7 +158,7 @@ def input_artifact(loaded: Loaded, folder: Path, root: Path) -> Artifact:
 def _input(loaded: Loaded, root: Path, findings: list[Problem]) -> tuple[ModelInfo | None, Artifact | None]:
     given = loaded.workflow.input_model
     try:
-        folder = locate(given.model_path, loaded.base_dir, given.load_kwargs.revision)
+        folder = unfolded(locate(given.model_path, loaded.base_dir, given.load_kwargs.revision), root)
         info, model = describe(folder), input_artifact(loaded, folder, root)
         if model.kind is Kind.ADAPTER:
             info = info.model_copy(update={"adapter": model.path})

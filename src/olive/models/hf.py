@@ -78,12 +78,12 @@ def describe(folder: Path) -> ModelInfo:
         )
     config = read_json(folder / "config.json")
     tensors = read_tensors(folder)
-    if not tensors:
-        raise _no_weights(folder)
     notes: tuple[str, ...] = ()
     if (view := view_of(folder, config)) is not None:
         config, notes = view.config(config), tuple(view.notes)
         tensors = {name: part.layout for name, part in view.parts.items()}
+    if not tensors:
+        raise _no_weights(folder)
     return ModelInfo(
         path=folder, kind=Kind.HF, config=config, tensors=tensors, chat_template=template, notes=notes
     )
@@ -202,7 +202,7 @@ def load_model(
 
         machine = probe()
         choose_products(machine.cpu, machine.cpu_features)
-        if method_of(read_json(folder / "config.json")) is not None:
+        if view_of(folder, stored := read_json(folder / "config.json")) or method_of(stored):
             from olive.models.skeleton import load_expanded
 
             expanded = load_expanded(folder, dtype, attn_implementation)

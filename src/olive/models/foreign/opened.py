@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from olive.errors import ConfigError
+from olive.models.foreign import bitsandbytes, compressed, gguf, gptq
 from olive.models.foreign.view import ForeignTensors, View
 from olive.models.quantised import METHOD, method_of
 from olive.models.stream import LazyTensors
@@ -21,22 +22,18 @@ def view_of(folder: Path, config: Mapping[str, Any]) -> View | None:
     Raises:
         ConfigError: a format, or a version of one, that is not read here.
     """
+    if (file := gguf.file_in(folder)) is not None:
+        return gguf.open_file(file)[1]
     method = method_of(config)
     if method is None or method == METHOD:
         return None
     stored = read_tensors(folder)
     try:
         if method in ("gptq", "awq"):
-            from olive.models.foreign import gptq
-
             return gptq.view(folder, config, stored)
         if method == "compressed-tensors":
-            from olive.models.foreign import compressed
-
             return compressed.view(config, stored)
         if method == "bitsandbytes":
-            from olive.models.foreign import bitsandbytes
-
             return bitsandbytes.view(folder, config, stored)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
@@ -63,6 +60,9 @@ def open_tensors(folder: Path, config: Mapping[str, Any]) -> tuple[LazyTensors, 
     Raises:
         ConfigError: a format that is not read here, or a damaged one.
     """
+    if (file := gguf.file_in(folder)) is not None:
+        header, translated = gguf.open_file(file)
+        return gguf.GgufTensors(file, header, translated), translated.config(config)
     view = view_of(folder, config)
     if view is None:
         return LazyTensors(folder), dict(config)
