@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -356,8 +357,11 @@ def _reach(
             raise _Stop
         names.append(name)
 
-    with _hooked(modules, enter), suppress(_Stop):
-        _run(layer, hidden, given)
+    try:
+        with _hooked(modules, enter):
+            _run(layer, hidden, given)
+    except _Stop as stop:  # its frames hold the activations of the layer
+        traceback.clear_frames(stop.__traceback__)
     return names, found[0] if found else None
 
 
