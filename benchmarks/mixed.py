@@ -18,37 +18,6 @@ from typing import Any
 import quantize as bench
 
 
-def run(name: str, params: dict[str, Any], model: Path, out: Path, calibration: Path) -> dict[str, Any]:
-    """One pass in this process; its facts."""
-    from olive.config.workflow import Accelerator, DataConfig
-    from olive.hardware.probe import probe
-    from olive.models.artifact import Artifact, Kind
-    from olive.passes.base import PassContext
-    from olive.passes.registry import resolve
-    from olive.store.journal import Journal
-
-    out.mkdir(parents=True)
-    load = {"data_name": "json", "data_files": str(calibration), "split": "train"}
-    text = {"text_cols": ["text"], "strategy": "join", "max_seq_len": bench.LENGTH}
-    config = DataConfig.model_validate(
-        {"name": "text", "load_dataset_config": load, "pre_process_data_config": text}
-    )
-    ctx = PassContext(
-        out=out,
-        machine=probe(),
-        accelerator=Accelerator(),
-        target=Accelerator(),
-        data={"text": config},
-        base_dir=out,
-        progress=bench._Silent(),
-        journal=Journal(out.parent / f"{out.name}-journal"),
-    )
-    technique = resolve(name)
-    given = technique.Params.model_validate(params)
-    technique().run(Artifact(kind=Kind.HF, path=model, digest="0" * 64), given, ctx)
-    return ctx.facts
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -69,7 +38,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     choices: dict[str, dict[str, Any]] = {"k_quant_mixed": {"algorithm": "k_quant_mixed"}}
     rule: bench.Measured | None = None
     for name in ("k_quant_mixed", "kl"):
-        facts = run(
+        facts = bench.run_here(
             "SelectiveMixedPrecision", choices[name], bench.base(), folder / f"{name}-choice", calibration
         )
         if rule is None:
@@ -77,7 +46,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
             more |= {} if given.group_sizes is None else {"group_sizes": given.group_sizes}
             choices["kl"] = {"algorithm": "kl", "size": facts["bytes"]} | more
         own = {"data_config": "text"} if given.quantiser in ("Gptq", "Awq") else {}
-        run(given.quantiser, own, folder / f"{name}-choice", folder / name, calibration)
+        bench.run_here(given.quantiser, own, folder / f"{name}-choice", folder / name, calibration)
         _, found = bench.measure(folder / name, ids, reference)
         rule = rule or found
         kl, count = float(found.kl.mean()), len(found.kl)

@@ -156,7 +156,8 @@ class _Silent:
         print(message, file=sys.stderr)
 
 
-def worker(body: dict[str, Any]) -> None:
+def run_here(name: str, params: dict[str, Any], model: Path, out: Path, calibration: Path) -> dict[str, Any]:
+    """One pass in this process, from ``model`` into the new folder ``out``; its facts."""
     from olive.config.workflow import Accelerator, DataConfig
     from olive.hardware.probe import probe
     from olive.models.artifact import Artifact, Kind
@@ -164,16 +165,13 @@ def worker(body: dict[str, Any]) -> None:
     from olive.passes.registry import resolve
     from olive.store.journal import Journal
 
-    out = Path(body["out"])
     out.mkdir(parents=True)
+    load = {"data_name": "json", "data_files": str(calibration), "split": "train"}
+    text = {"text_cols": ["text"], "strategy": "join", "max_seq_len": LENGTH}
     config = DataConfig.model_validate(
-        {
-            "name": "text",
-            "load_dataset_config": {"data_name": "json", "data_files": body["calibration"], "split": "train"},
-            "pre_process_data_config": {"text_cols": ["text"], "strategy": "join", "max_seq_len": LENGTH},
-        }
+        {"name": "text", "load_dataset_config": load, "pre_process_data_config": text}
     )
-    technique = resolve(body["name"])
+    technique = resolve(name)
     ctx = PassContext(
         out=out,
         machine=probe(),
@@ -184,10 +182,14 @@ def worker(body: dict[str, Any]) -> None:
         progress=_Silent(),
         journal=Journal(out.parent / f"{out.name}-journal"),
     )
-    params = technique.Params.model_validate(body["params"])
-    technique().run(Artifact(kind=Kind.HF, path=base(), digest="0" * 64), params, ctx)
-    facts = {key: value for key, value in ctx.facts.items() if key != "layers"}
-    print(json.dumps(facts))
+    given = technique.Params.model_validate(params)
+    technique().run(Artifact(kind=Kind.HF, path=model, digest="0" * 64), given, ctx)
+    return ctx.facts
+
+
+def worker(body: dict[str, Any]) -> None:
+    facts = run_here(body["name"], body["params"], base(), Path(body["out"]), Path(body["calibration"]))
+    print(json.dumps({key: value for key, value in facts.items() if key != "layers"}))
 
 
 def run_olive(out: Path, calibration: Path) -> dict[str, Any]:

@@ -24,12 +24,12 @@ import os, signal, sys
 from pathlib import Path
 from olive.passes.quantize.auto_round import AutoRound
 from passes_kit import run
-plain = AutoRound._layer
+plain = AutoRound.one
 def killed(self, stream, number, *rest):
     if number == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    plain(self, stream, number, *rest)
-AutoRound._layer = killed
+    return plain(self, stream, number, *rest)
+AutoRound.one = killed
 run("AutoRound", Path(sys.argv[1]), Path(sys.argv[2]), calibration_tokens=800, data_config="train", iters=20)
 """
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from olive.config.workflow import Accelerator, ParityGate
 from olive.engine.gates import quantised
+from olive.engine.rungs import advice
 from olive.errors import ConfigError, PassFailed, Severity
 from olive.hardware.probe import probe
 from olive.models.artifact import Artifact, Kind
@@ -234,5 +235,5 @@ def test_a_failing_gate_names_the_edits_that_help(tmp_path: Path) -> None:
     assert '"fallback": true' in str(problem.fix)
     assert "lm_head" not in str(problem.fix)  # it stayed in floating point
     finest = _run("Gptq", folder, tmp_path / "b", bits=8, **MEASURED)
-    assert "SelectiveMixedPrecision" in quantised.ladder(finest.facts)
+    assert "SelectiveMixedPrecision" in advice(finest.facts)
     gate(finest, 1.0)

@@ -25,6 +25,7 @@ from olive.passes.base import PassContext
 from olive.passes.export.model_builder import ModelBuilder
 from olive.passes.quantize import calibration, layers
 from olive.passes.quantize.calibration import Calibration
+from olive.passes.quantize.forward import Group
 from olive.passes.registry import resolve
 from olive.quantization.grid import Grid, round_to_nearest
 from olive.quantization.hessian import feedback
@@ -201,7 +202,7 @@ class _Collect:
         self.moments: dict[str, torch.Tensor] = {}
         self.drift: dict[str, torch.Tensor] = {}
 
-    def __call__(self, group: layers.Group, modules: Any) -> None:
+    def __call__(self, group: Group, modules: Any) -> None:
         for name, module in modules.items():
             self.moments[name] = group.moments.sums
             self.drift[name] = group.drift

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -158,6 +160,26 @@ def test_gptq_is_the_papers(ordered: bool) -> None:
     wanted = plain_gptq(weight, damped, start, order)
     # a value next to the middle of two codes may fall to the other side in float32
     assert float(((ours - wanted).abs() > 1e-6).float().mean()) <= 0.005
+
+
+def test_a_quantised_layer_leaves_nothing_behind() -> None:
+    """No cycle of references holds the moments or the factor, the largest matrices of a quantisation."""
+    weight, moments = weights(), Moments(256)
+    moments.add(inputs())
+    order = torch.arange(256)
+    found = feedback(moments.sums, order, 0.01)
+    assert found is not None
+    start = search(weight, Grid())
+    held = [weakref.ref(found[0]), weakref.ref(moments.sums), weakref.ref(weight)]
+    gc.collect()
+    gc.disable()
+    try:
+        made = refit(weight, gptq(weight, found[0], order, start), moments.sums, found[1])
+        del found, moments, weight
+        assert [one() is None for one in held] == [True] * 3
+    finally:
+        gc.enable()
+    assert bool(made.scales.isfinite().all())
 
 
 def test_each_step_takes_error_off_the_output() -> None:

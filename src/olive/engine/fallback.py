@@ -12,14 +12,12 @@ from typing import Any
 
 from olive.config.workflow import Accelerator, PassEntry
 from olive.engine.result import GateResult
+from olive.engine.rungs import changes
 from olive.errors import GateFailed, Severity
 from olive.hardware.machine import Machine
 from olive.models.artifact import ModelInfo
-from olive.passes.quantize.precision import OUTPUTS
 from olive.passes.quantize.targets import RUNGS, Override, QuantizeParams
 from olive.passes.registry import resolve
-
-_BLOCKS = (128, 64, 32, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,32 +97,16 @@ class Ladder:
 
     def _changed(self, rung: str, rows: list[dict[str, Any]]) -> Iterator[Attempt]:
         """The attempts of a rung, the one to prefer first; none where it would change nothing."""
-        low = [row for row in rows if row["bits"] < 8]
-        if rung in ("lm_head", "down_proj"):
-            names = {"lm_head"} if rung == "lm_head" else OUTPUTS
-            last = sorted({row["name"].rpartition(".")[2] for row in low} & names)
-            patterns = ["lm_head" if name == "lm_head" else f"*.{name}" for name in last]
-            if patterns:
-                new = {pattern: Override(bits=8) for pattern in patterns}
-                yield self._with(rung, f"8 bits for {', '.join(patterns)}", new)
-        elif rung == "group_size":
-            widest = max((row["group_size"] for row in low), default=0)
-            whole = any(row["group_size"] == -1 for row in low)
-            for size in _BLOCKS:
-                if whole or size < widest:
-                    new = {
-                        row["name"]: Override(group_size=size)
-                        for row in low
-                        if row["group_size"] == -1 or row["group_size"] > size
-                    }
-                    yield self._with(rung, f"blocks of {size}", new)
+        if rung != "Gptq":
+            for change in changes(rung, rows):
+                yield self._with(rung, change.text, change.overrides)
         elif self.attempt.type != "Gptq" and (data := _data(self.attempt.params)):
             shared = {name: getattr(self.attempt.params, name) for name in QuantizeParams.model_fields}
             params = resolve("Gptq").Params.model_validate(shared | {"data_config": data})
             if isinstance(params, QuantizeParams):
                 yield Attempt("Gptq", params, rung, "Gptq in its place")
 
-    def _with(self, rung: str, text: str, new: dict[str, Override]) -> Attempt:
+    def _with(self, rung: str, text: str, new: Mapping[str, Override]) -> Attempt:
         """The attempt with more overrides, each behind those that it outranks."""
         params, merged = self.attempt.params, dict(self.attempt.params.overrides)
         for name, one in new.items():

@@ -7,6 +7,8 @@ points searched with that energy as the weight of each error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from olive.quantization.grid import Quantised
@@ -37,49 +39,74 @@ def gptq(
     # a column of the matrix is a row here, so that it lies in one piece
     left = weight.T[order].contiguous()
     errors = left.clone()  # of a column to come: the weights themselves
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     block_of = torch.div(order, grid.width(columns), rounding_mode="floor")
     scales = start.scales.T.contiguous()
     middle = torch.full_like(scales, float(grid.middle))
     zeros = middle if start.zeros is None else start.zeros.T.float().contiguous()
-    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    lowest, top = (1 if grid.kind == "symmetric" else 0), grid.top
+    levels = (1 if grid.kind == "symmetric" else 0), grid.top
+    together, round_columns = _TOGETHER, _round_columns
     if weight.is_cuda:
-        from olive.quantization.gpu_kernels import TOGETHER as together  # noqa: N811
-        from olive.quantization.gpu_kernels import round_columns
+        from olive.quantization import gpu_kernels
 
-        def one_by_one(first: int, last: int) -> None:
-            round_columns(left, errors, codes, factor, block_of, scales, zeros, (first, last), (lowest, top))
-    else:
-        together = _TOGETHER
-        inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-        blocks = block_of.tolist()
+        together, round_columns = gpu_kernels.TOGETHER, gpu_kernels.round_columns
 
-        def one_by_one(first: int, last: int) -> None:
-            part = left[first:last]
-            for i in range(last - first):
-                column, b = part[i], blocks[first + i]
-                code = torch.addcmul(zeros[b], column, inverse[b]).round_().clamp_(lowest, top)
-                codes[first + i] = code
-                error = errors[first + i].sub_(code.sub_(zeros[b]).mul_(scales[b]))
-                if first + i + 1 < last:
-                    part[i + 1 :].addr_(factor[first + i, first + i + 1 : last], error)
-
-    def sweep(first: int, last: int) -> None:
-        if last - first <= together:
-            one_by_one(first, last)
-            return
-        half = first + (last - first + 1) // 2
-        if weight.is_cuda:
-            half = first + -(-(half - first) // together) * together
-        sweep(first, half)
+    def carry(first: int, half: int, last: int) -> None:
         left[half:last].addmm_(factor[first:half, half:last].T, errors[first:half])
-        sweep(half, last)
+
+    def one_by_one(first: int, last: int) -> None:
+        round_columns(left, errors, codes, factor, block_of, scales, zeros, (first, last), levels)
 
     with one_thread_an_operation():
-        sweep(0, columns)
+        _halve(0, columns, together, one_by_one, carry)
     back = torch.empty_like(order)
     back[order] = torch.arange(columns, device=order.device)
     return Quantised(grid, codes[back].T.contiguous(), start.scales, start.zeros)
+
+
+def _halve(
+    first: int,
+    last: int,
+    together: int,
+    one: Callable[[int, int], None],
+    carry: Callable[[int, int, int], None],
+) -> None:
+    """Go from ``first`` to ``last`` in spans of at most ``together``: all before the half, what they mean for
+    those after it, then these. No closure, which by naming itself would hold its matrices until a collection.
+    """
+    if last - first <= together:
+        one(first, last)
+        return
+    spans = -(-(last - first) // together)
+    half = first + spans // 2 * together
+    _halve(first, half, together, one, carry)
+    carry(first, half, last)
+    _halve(half, last, together, one, carry)
+
+
+def _round_columns(
+    left: torch.Tensor,
+    errors: torch.Tensor,
+    codes: torch.Tensor,
+    factor: torch.Tensor,
+    block_of: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    span: tuple[int, int],
+    levels: tuple[int, int],
+) -> None:
+    """As ``gpu_kernels.round_columns``."""
+    first, last = span
+    blocks = block_of[first:last]
+    steps, points = scales[blocks], zeros[blocks]
+    inverse = torch.where(steps == 0, 0.0, 1.0 / steps)
+    part = left[first:last]
+    for i in range(last - first):
+        code = torch.addcmul(points[i], part[i], inverse[i]).round_().clamp_(*levels)
+        codes[first + i] = code
+        error = errors[first + i].sub_(code.sub_(points[i]).mul_(steps[i]))
+        if first + i + 1 < last:
+            part[i + 1 :].addr_(factor[first + i, first + i + 1 : last], error)
 
 
 def refit(weight: torch.Tensor, start: Quantised, sums: torch.Tensor, damping: float = 0.0) -> Quantised:
@@ -109,7 +136,7 @@ def refit(weight: torch.Tensor, start: Quantised, sums: torch.Tensor, damping: f
     slope = torch.addmm(error, error, sums, beta=more)
     del error
 
-    def one(block: int) -> None:
+    def one(block: int, _: int) -> None:
         part = slice(block * width, (block + 1) * width)
         own = codes[:, part]
         curve = torch.addmm(own, own, sums[part, part], beta=more).mul_(own).sum(1)
@@ -118,16 +145,10 @@ def refit(weight: torch.Tensor, start: Quantised, sums: torch.Tensor, damping: f
         scales[:, block] += step
         own.mul_(step[:, None])  # from here on: by how much these weights moved
 
-    def sweep(first: int, last: int) -> None:
-        if last - first == 1:
-            one(first)
-            return
-        half = (first + last) // 2
-        sweep(first, half)
-        left, right = slice(first * width, half * width), slice(half * width, last * width)
-        slope[:, right].addmm_(codes[:, left], sums[left, right], alpha=-1.0)
-        sweep(half, last)
+    def carry(first: int, half: int, last: int) -> None:
+        before, after = slice(first * width, half * width), slice(half * width, last * width)
+        slope[:, after].addmm_(codes[:, before], sums[before, after], alpha=-1.0)
 
     with one_thread_an_operation():
-        sweep(0, columns // width)
+        _halve(0, columns // width, 1, one, carry)
     return Quantised(grid, start.codes, scales, start.zeros)

@@ -53,6 +53,18 @@ class Comparison:
         """Mean entropy of p (0) or q (1) as a share of ln(vocabulary); 1 is no opinion at all."""
         return self.entropy[which] / max(self.positions - self.bad, 1)
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a gate's result says of it."""
+        return {
+            "kl": self.kl,
+            "kl_worst_position": self.kl_max,
+            "top1": self.top1,
+            "positions": float(self.positions),
+            "flatness": self.flatness(1),
+            "flatness_source": self.flatness(0),
+        }
+
     def add(self, reference: torch.Tensor, logits: torch.Tensor) -> None:
         """Compare one prompt.
 

@@ -79,15 +79,7 @@ def check(
     stuck = _longest_run(answer) >= _STUCK
     if stuck and _longest_run(_answer_of_source(before.path, chosen[0])) < _STUCK:
         _fail(f"the exported model repeats token {answer[-1]} and its source does not", precision)
-    figures = {
-        "kl": found.kl,
-        "kl_worst_position": found.kl_max,
-        "top1": found.top1,
-        "positions": float(found.positions),
-        "flatness": found.flatness(1),
-        "flatness_source": found.flatness(0),
-        "longest_repeat": float(_longest_run(answer)),
-    }
+    figures = found.figures | {"longest_repeat": float(_longest_run(answer))}
     text = f"{precision}: KL {found.kl:.3g} nat a token, top token agrees at {found.top1:.0%} of positions"
     return GateResult(gate="parity", passed=True, figures=figures, limits=limits, text=text)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import AliasChoices, Field
 
@@ -13,14 +13,17 @@ from olive.passes.base import PassContext
 from olive.passes.quantize.calibrated import Calibrated, Made, Work
 from olive.passes.quantize.calibration import CalibrationParams
 from olive.passes.quantize.quantiser import measure, read_weight
-from olive.passes.quantize.shelf import Row, Shelf
+from olive.passes.quantize.shelf import Row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+    from torch import nn
 
-    from olive.passes.quantize.layers import Group, LayerStream
+    from olive.data.plan import Preview
+    from olive.passes.quantize.forward import Group
+    from olive.passes.quantize.layers import LayerStream
     from olive.quantization.grid import Quantised
 
 _STEPS = {"light": 50, "default": 200, "best": 1000}
@@ -32,8 +35,6 @@ class AutoRound(Calibrated["AutoRound.Params"]):
     For each decoder layer the offsets of all its linear layers are learned together, so that its output comes
     near that of the unchanged model. Signed gradient steps; the step size falls to 0 linearly.
     """
-
-    work: ClassVar[float] = 12.0
 
     class Params(CalibrationParams):
         """Settings of every calibrated quantiser, and of the learning."""
@@ -83,76 +84,75 @@ class AutoRound(Calibrated["AutoRound.Params"]):
         energy = group.moments.diagonal
         return Made(search(weight, layer.grid, energy / energy.mean()))
 
-    def _layer(
+    def tokens_run(self, params: Params, tokens: int, data: Mapping[str, Preview]) -> float:
+        """A step is a forward and a backward pass of some rows; and what every calibration takes."""
+        found = data.get(params.data_config or "")
+        row = found.tokens / found.blocks if found is not None and found.blocks else 512
+        steps = params.iters or _STEPS[params.preset]
+        return 5.0 * tokens + 3.0 * steps * min(params.batch_size * row, tokens)
+
+    def one(
         self,
         stream: LayerStream,
         number: int,
-        names: list[str],
-        chosen: Mapping[str, Layer],
+        layer: nn.Module,
         params: Params,
-        shelf: Shelf,
+        work: Work,
         ctx: PassContext,
-    ) -> None:
+    ) -> list[Row]:
+        """Learn the roundings of all linear layers together."""
         from torch import nn
 
         from olive.passes.quantize.learning import learn
         from olive.quantization.rounding import LearnedRounding
 
-        with stream.layer(number) as layer:
-            if not names or shelf.take(f"layer-{number}"):
-                stream.restore(number, layer, names, shelf, chosen)
-                return
-            began = time.perf_counter()
-            work = Work(stream.tensors, chosen, ctx.accelerator.device, stream.model_type)
-            original = copy.deepcopy(layer)
-            prefix = f"{stream.prefix}.{number}."
-            linears = {
-                name: module
-                for name, module in layer.named_modules()
-                if isinstance(module, nn.Linear) and prefix + name in chosen
-            }
-            weights = {name: read_weight(stream.tensors, prefix + name, work.device) for name in linears}
-            starts = self._starts(stream, number, layer, params, work) if params.start == "search" else {}
-            roundings = {
-                f"{name}.weight": LearnedRounding(
-                    weight, chosen[prefix + name].grid, starts.get(prefix + name), params.enable_minmax_tuning
-                )
-                for name, weight in weights.items()
-            }
-            steps = params.iters or _STEPS[params.preset]
-            rate = params.lr or 1 / steps
-            before, after = learn(
-                stream,
-                number,
-                layer,
-                original,
-                roundings,
-                steps=steps,
-                rates=(rate, params.minmax_lr or rate),
-                batch=params.batch_size,
-                seed=params.seed,
-                quantised_input=params.enable_quanted_input,
+        began = time.perf_counter()
+        original = copy.deepcopy(layer)
+        prefix = f"{stream.prefix}.{number}."
+        linears = {
+            name: module
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear) and prefix + name in work.chosen
+        }
+        weights = {name: read_weight(stream.tensors, prefix + name, work.device) for name in linears}
+        starts = self._starts(stream, number, layer, params, work) if params.start == "search" else {}
+        roundings = {
+            f"{name}.weight": LearnedRounding(
+                weight,
+                work.chosen[prefix + name].grid,
+                starts.get(prefix + name),
+                params.enable_minmax_tuning,
             )
-            rows: list[Row] = []
-            work.made.clear()
-            for name, module in linears.items():
-                one, full = roundings[f"{name}.weight"].quantised(), prefix + name
-                work.made[full] = chosen[full], one
-                expanded = one.dequantise()
-                module.weight.data.copy_(expanded)
-                row = measure(full, chosen[full], weights[name], expanded, began)
-                rows.append(row | {"loss_before": before, "loss_after": after})
-                began = time.perf_counter()
-            for full in (full for full in names if full not in work.made):  # no linear layer
-                weight = read_weight(stream.tensors, full, work.device)
-                one = self.quantise(weight, chosen[full], params)
-                work.made[full] = chosen[full], one
-                rows.append(measure(full, chosen[full], weight, one.dequantise(), began))
-            stream.advance(number, layer, original)
-            shelf.put(f"layer-{number}", work.made, rows)
+            for name, weight in weights.items()
+        }
+        steps = params.iters or _STEPS[params.preset]
+        rate = params.lr or 1 / steps
+        before, after = learn(
+            stream,
+            number,
+            layer,
+            original,
+            roundings,
+            steps=steps,
+            rates=(rate, params.minmax_lr or rate),
+            batch=params.batch_size,
+            seed=params.seed,
+            quantised_input=params.enable_quanted_input,
+        )
+        rows: list[Row] = []
+        for name, module in linears.items():
+            one, full = roundings[f"{name}.weight"].quantised(), prefix + name
+            work.made[full] = work.chosen[full], one
+            expanded = one.dequantise()
+            module.weight.data.copy_(expanded)
+            row = measure(full, work.chosen[full], weights[name], expanded, began)
+            rows.append(row | {"loss_before": before, "loss_after": after})
+            began = time.perf_counter()
+        stream.advance(number, layer, original)
+        return rows
 
     def _starts(
-        self, stream: LayerStream, number: int, layer: torch.nn.Module, params: Params, work: Work
+        self, stream: LayerStream, number: int, layer: nn.Module, params: Params, work: Work
     ) -> dict[str, Quantised]:
         """Searched scales of every linear layer; the layer and the hidden states stay as they are."""
         found: dict[str, Quantised] = {}

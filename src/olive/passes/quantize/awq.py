@@ -20,7 +20,7 @@ from olive.passes.quantize.quantiser import read_weight
 if TYPE_CHECKING:
     import torch
 
-    from olive.passes.quantize.layers import Group
+    from olive.passes.quantize.forward import Group
 
 # Norms of these are a plain product with their weight, and their feed-forward layers are act(gate) * up.
 _KNOWN = ("llama", "mistral", "phi3", "qwen2", "qwen3", "granite", "smollm3")

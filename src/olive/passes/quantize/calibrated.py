@@ -6,7 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from olive.config.workflow import Accelerator
 from olive.data.plan import Preview
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from olive.passes.quantize.layers import Group, LayerStream
+    from olive.passes.quantize.forward import Group
+    from olive.passes.quantize.layers import LayerStream
     from olive.passes.quantize.states import Ahead
     from olive.quantization.grid import Quantised
     from olive.quantization.hessian import Moments
@@ -74,8 +75,6 @@ class Work:
 class Calibrated(Quantiser[P]):
     """Base of the quantisers with calibration. A method overrides ``solve``."""
 
-    work: ClassVar[float] = 3.0  # products of a layer's size that each token costs
-
     def check(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
@@ -95,13 +94,17 @@ class Calibrated(Quantiser[P]):
         config = model.config
         hidden, inner = int(config.get("hidden_size", 1024)), int(config.get("intermediate_size", 4096))
         rate = matrix_rate(machine, "float32")
-        flops = 2.0 * self.work * model.parameters * tokens
+        flops = 2.0 * model.parameters * self.tokens_run(params, tokens, data)
         held = min(tokens, calibration.PER_BATCH) * (6 * hidden + 5 * inner) * 4 + tokens * hidden * 8
         return Cost(
             memory=plain.memory + held,
             disk=plain.disk,
             seconds=None if rate is None else 8 + flops / (0.6 * rate),
         )
+
+    def tokens_run(self, params: P, tokens: int, data: Mapping[str, Preview]) -> float:
+        """How many tokens' worth of forward passes it takes in all, moments counted as one."""
+        return 3.0 * tokens
 
     def paired(self, params: P) -> bool:
         """Whether the unchanged model runs beside."""
@@ -120,13 +123,7 @@ class Calibrated(Quantiser[P]):
         """Quantise the decoder layers in order, each on what those before it now give."""
         from olive.passes.quantize.layers import LayerStream
 
-        rows = calibration.read(
-            ctx.data[params.data_config or ""],
-            model.path,
-            ctx.base_dir,
-            params.calibration_tokens,
-            params.seed,
-        )
+        rows = calibration.of(params, model, ctx)
         ctx.facts |= {"calibration_rows": len(rows.rows), "calibration_tokens": rows.tokens}
         device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
         stream = LayerStream(model.path, tensors, rows, device, self.paired(params))
@@ -162,26 +159,7 @@ class Calibrated(Quantiser[P]):
                 stream.restore(number, layer, names, shelf, chosen)
                 return
             work = Work(stream.tensors, chosen, ctx.accelerator.device, stream.model_type)
-            rows: list[Row] = []
-
-            def quantise(group: Group, modules: Mapping[str, nn.Linear]) -> None:
-                wanted = [name for name in modules if name in chosen]
-                for place, name in enumerate(wanted):
-                    module = modules[name]
-                    group.waiting = len(wanted) - place if group.closed else 0
-                    began = time.perf_counter()
-                    weight = read_weight(stream.tensors, name, work.device)
-                    made = self.solve(name, weight, chosen[name], group, params, work)
-                    work.made[name] = chosen[name], made.one
-                    expanded = made.one.dequantise() if made.expanded is None else made.expanded
-                    rows.append(
-                        measure(name, chosen[name], weight, expanded, began, group.moments, **made.facts)
-                    )
-                    if "fallback" in made.facts:
-                        ctx.progress.note(f"{name}: {made.facts['fallback']}; searched without its inputs")
-                    module.weight.data.copy_(expanded)
-
-            stream.sweep(number, layer, quantise)
+            rows = self.one(stream, number, layer, params, work, ctx)
             for name in (name for name in names if name not in work.made):  # never called in the forward pass
                 began = time.perf_counter()
                 weight = read_weight(stream.tensors, name, work.device)
@@ -189,6 +167,30 @@ class Calibrated(Quantiser[P]):
                 work.made[name] = chosen[name], one
                 rows.append(measure(name, chosen[name], weight, one.dequantise(), began))
             shelf.put(f"layer-{number}", work.made, rows, work.replaced)
+
+    def one(
+        self, stream: LayerStream, number: int, layer: nn.Module, params: P, work: Work, ctx: PassContext
+    ) -> list[Row]:
+        """Quantise the linear layers of a decoder layer into ``work`` and go past it; what was measured."""
+        rows: list[Row] = []
+
+        def quantise(group: Group, modules: Mapping[str, nn.Linear]) -> None:
+            wanted = [name for name in modules if name in work.chosen]
+            for place, name in enumerate(wanted):
+                module, how = modules[name], work.chosen[name]
+                group.waiting = len(wanted) - place if group.closed else 0
+                began = time.perf_counter()
+                weight = read_weight(stream.tensors, name, work.device)
+                made = self.solve(name, weight, how, group, params, work)
+                work.made[name] = how, made.one
+                expanded = made.one.dequantise() if made.expanded is None else made.expanded
+                rows.append(measure(name, how, weight, expanded, began, group.moments, **made.facts))
+                if "fallback" in made.facts:
+                    ctx.progress.note(f"{name}: {made.facts['fallback']}; searched without its inputs")
+                module.weight.data.copy_(expanded)
+
+        stream.sweep(number, layer, quantise)
+        return rows
 
     @abstractmethod
     def solve(

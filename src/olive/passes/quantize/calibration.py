@@ -13,6 +13,8 @@ from pydantic import Field
 from olive.config.workflow import DataConfig
 from olive.data.plan import Preview
 from olive.errors import ConfigError, Problem
+from olive.models.artifact import Artifact
+from olive.passes.base import PassContext
 from olive.passes.quantize.targets import QuantizeParams
 
 if TYPE_CHECKING:
@@ -77,6 +79,13 @@ class Calibration:
             made.append((ids, real))
             start += len(part)
         return made
+
+
+def of(params: CalibrationParams, model: Artifact, ctx: PassContext) -> Calibration:
+    """The rows that the parameters of a pass ask for."""
+    return read(
+        ctx.data[params.data_config or ""], model.path, ctx.base_dir, params.calibration_tokens, params.seed
+    )
 
 
 def read(config: DataConfig, folder: Path, base_dir: Path, tokens: int, seed: int) -> Calibration:

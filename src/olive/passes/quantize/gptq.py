@@ -13,7 +13,7 @@ from olive.passes.quantize.calibration import CalibrationParams
 if TYPE_CHECKING:
     import torch
 
-    from olive.passes.quantize.layers import Group
+    from olive.passes.quantize.forward import Group
 
 
 class Gptq(Calibrated["Gptq.Params"]):
@@ -65,61 +65,64 @@ class Gptq(Calibrated["Gptq.Params"]):
         if solver is None:
             why = "its inputs are NaN, infinite or all zero"
             return Made(self.quantise(weight, layer, params), {"fallback": why})
-        aim = solver.aim(weight, group, params)
+        aim = solver.aim(weight, group)
         energy = group.moments.diagonal
         start = search(aim, grid, energy / energy.mean())
-        if solver.factor is None:
+        found = solver.factored(group.moments.sums)
+        if found is None:
             why = "no damping made its inputs' moments positive definite"
             return Made(start, {"fallback": why})
-        facts: dict[str, Any] = {} if solver.damping == params.damp_percent else {"damping": solver.damping}
-        swept = gptq(aim, solver.factor, solver.order, start)
-        return Made(refit(aim, swept, group.moments.sums, solver.damping), facts)
+        factor, damping = found
+        facts: dict[str, Any] = {} if damping == params.damp_percent else {"damping": damping}
+        swept = gptq(aim, factor, solver.order, start)
+        return Made(refit(aim, swept, group.moments.sums, damping), facts)
 
 
 class _Solver:
-    """What the layers of a group share, made when first asked for.
+    """What the layers of a group share, each made when first asked for.
 
     Attributes:
         order: of the columns.
-        factor: what later columns take over of the errors of earlier ones, in that order; None where it does
-            not exist.
-        damping: that it took.
     """
 
-    def __init__(self, sums: torch.Tensor, params: Gptq.Params) -> None:
+    def __init__(self, group: Group, params: Gptq.Params) -> None:
         import torch
 
+        sums = group.moments.sums
+        self.params = params
         self.order = torch.arange(sums.shape[0], device=sums.device)
         if params.desc_act:
             self.order = sums.diagonal().argsort(descending=True, stable=True)
-        self.factor: torch.Tensor | None = None
-        self.damping = params.damp_percent
+        self._factor: tuple[torch.Tensor, float] | None = None
+        self._factored = False
         self._shift: torch.Tensor | None = None
-        self._tried = False
 
-    def aim(self, weight: torch.Tensor, group: Group, params: Gptq.Params) -> torch.Tensor:
+    def aim(self, weight: torch.Tensor, group: Group) -> torch.Tensor:
         """The weights to round: with the drift, those whose outputs come nearest to the unchanged model's.
 
-        The largest matrices here are moments of a model's widest inputs; the order of work is the one that
-        holds fewest of them at a time.
+        A last layer with fewer rows than columns is solved for itself, and the drift let go of before: the
+        moments of the widest inputs are the largest matrices there are.
         """
-        from olive.quantization.hessian import feedback, ridge, ridge_factor
+        from olive.quantization.hessian import ridge, ridge_factor
 
-        sums, made = group.moments.sums, weight
-        if group.drift is not None and _finite(group.drift):
-            if self._shift is None and group.waiting == 1 and weight.shape[0] <= weight.shape[1]:
-                product, group.drift = weight @ group.drift, None
-                made = weight + params.drift * ridge(product, ridge_factor(sums, params.drift_damp))
-            else:
-                if self._shift is None:
-                    self._shift = ridge(group.drift, ridge_factor(sums, params.drift_damp))
-                made = weight + params.drift * (weight @ self._shift)
-        if not self._tried:
-            self._tried = True
-            found = feedback(sums, self.order, params.damp_percent)
-            if found is not None:
-                self.factor, self.damping = found
-        return made
+        if group.drift is None or not _finite(group.drift):
+            return weight
+        sums, share = group.moments.sums, self.params.drift
+        if self._shift is None and group.waiting == 1 and weight.shape[0] <= weight.shape[1]:
+            product, group.drift = weight @ group.drift, None
+            return weight + share * ridge(product, ridge_factor(sums, self.params.drift_damp))
+        if self._shift is None:
+            self._shift = ridge(group.drift, ridge_factor(sums, self.params.drift_damp))
+        return weight + share * (weight @ self._shift)
+
+    def factored(self, sums: torch.Tensor) -> tuple[torch.Tensor, float] | None:
+        """What later columns take over of the errors of earlier ones, and the damping that took."""
+        from olive.quantization.hessian import feedback
+
+        if not self._factored:
+            self._factored = True
+            self._factor = feedback(sums, self.order, self.params.damp_percent)
+        return self._factor
 
 
 def _finite(matrix: torch.Tensor) -> bool:
@@ -130,5 +133,5 @@ def _finite(matrix: torch.Tensor) -> bool:
 
 def _solver(group: Group, params: Gptq.Params) -> _Solver | None:
     if group.solved is None and group.moments.sound:
-        group.solved = _Solver(group.moments.sums, params)
+        group.solved = _Solver(group, params)
     return group.solved

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from olive.passes.quantize.forward import Given, run
 from olive.passes.quantize.layers import LayerStream
 from olive.quantization.rounding import LearnedRounding
-
-Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def learn(
@@ -50,7 +49,7 @@ def learn(
     inputs = stream.now if quantised_input else stream.before
     given = [each[number] for each in stream.given]
     with torch.no_grad():
-        aims = [_call(original, {}, hidden, each) for hidden, each in zip(stream.before, given, strict=True)]
+        aims = [run(original, hidden, each) for hidden, each in zip(stream.before, given, strict=True)]
     rows = [(place, row) for place, hidden in enumerate(inputs) for row in range(len(hidden))]
     draw = torch.Generator().manual_seed(1_000_003 * seed + number)
     learned = [tensor for rounding in roundings.values() for tensor in rounding.learned]
@@ -58,9 +57,16 @@ def learn(
     def loss(place: int, picked: list[int], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum of the squared errors of some rows of a batch."""
         index = torch.tensor(picked, device=stream.device)
-        made = _call(layer, weights, inputs[place][index], _rows(given[place], index, len(inputs[place])))
-        error = (made - aims[place][index]) * stream.masks[place][index][..., None]
+        hidden = inputs[place]
+        args, options = _rows(given[place], index, len(hidden))
+        made = functional_call(layer, dict(weights), (hidden[index], *args), options)
+        made = made[0] if isinstance(made, tuple) else made
+        error = (made.float() - aims[place][index].float()) * stream.masks[place][index][..., None]
         return error.square().sum()
+
+    def now() -> dict[str, torch.Tensor]:
+        """Weights as they are rounded now, in the dtype that the layer runs in."""
+        return {name: rounding.forward().to(stream.dtype) for name, rounding in roundings.items()}
 
     real = [mask.sum(1).tolist() for mask in stream.masks]
     width = inputs[0].shape[-1]
@@ -68,7 +74,7 @@ def learn(
 
     @torch.no_grad()
     def on_all() -> float:
-        weights = {name: rounding.forward() for name, rounding in roundings.items()}
+        weights = now()
         parts = [
             loss(place, list(range(first, min(first + batch, len(hidden)))), weights)
             for place, hidden in enumerate(inputs)
@@ -84,7 +90,7 @@ def learn(
         picked: dict[int, list[int]] = {}
         for at in torch.randperm(len(rows), generator=draw)[:batch].tolist():
             picked.setdefault(rows[at][0], []).append(rows[at][1])
-        weights = {name: rounding.forward() for name, rounding in roundings.items()}
+        weights = now()
         count = width * sum(real[place][row] for place, some in picked.items() for row in some)
         value = torch.stack([loss(place, some, weights) for place, some in picked.items()]).sum() / count
         value.backward()
@@ -108,13 +114,6 @@ def learn(
 def _put(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
-
-
-def _call(
-    layer: nn.Module, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor, given: Given
-) -> torch.Tensor:
-    made = functional_call(layer, dict(weights), (hidden, *given[0]), given[1])
-    return made[0] if isinstance(made, tuple) else made
 
 
 def _rows(given: Given, index: torch.Tensor, count: int) -> Given:

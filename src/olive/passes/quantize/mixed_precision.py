@@ -229,13 +229,7 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
         from olive.models.hf import load_model
         from olive.passes.quantize.divergence import losses
 
-        rows = calibration.read(
-            ctx.data[params.data_config or ""],
-            model.path,
-            ctx.base_dir,
-            params.calibration_tokens,
-            params.seed,
-        )
+        rows = calibration.of(params, model, ctx)
         if ctx.accelerator.device == "cpu":
             torch.set_num_threads(max(1, ctx.machine.cores))
         device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"

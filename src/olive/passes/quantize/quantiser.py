@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -75,12 +76,10 @@ class Quantiser(Pass[P]):
         if ctx.accelerator.device == "cpu":
             torch.set_num_threads(max(1, ctx.machine.cores))
             choose_products(ctx.machine.cpu, ctx.machine.cpu_features)
-        else:
-            torch.backends.cuda.matmul.allow_tf32 = True  # products of activations in 16 bits, and of errors
         info = describe(model.path)
         chosen = targets.chosen(info, params)
         shelf = Shelf(ctx.journal, behind=ctx.accelerator.device != "cpu")
-        with open_model(model.path)[0] as tensors:
+        with open_model(model.path)[0] as tensors, _tf32():
             try:
                 self.layers(model, info, tensors, chosen, params, shelf, ctx)
             finally:
@@ -133,6 +132,19 @@ class Quantiser(Pass[P]):
     @abstractmethod
     def quantise(self, weight: torch.Tensor, layer: Layer, params: P) -> Quantised:
         """Quantise one (rows, columns) float32 matrix without data."""
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """A GPU's products in TF32: of activations that are 16 bits, and of errors. Gates run without it."""
+    import torch
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def units_of(chosen: Mapping[str, Layer]) -> dict[str, list[str]]:
