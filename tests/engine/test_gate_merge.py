@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from adapter_kit import artifact, context, make_adapter
-from olive.config.workflow import MergeGate
+from olive.config.gates import MergeGate
 from olive.engine.gates import merge as gate
 from olive.engine.result import GateResult
 from olive.errors import OliveError, PassFailed

@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from adapter_kit import context
-from olive.config.workflow import BundleGate, ParityGate
+from olive.config.gates import BundleGate, ParityGate
 from olive.engine.gates import bundle, compare, parity
 from olive.engine.result import GateResult
 from olive.errors import PassFailed

@@ -11,7 +11,8 @@ import pytest
 
 import tiny
 from adapter_kit import artifact, context, make_adapter
-from olive.config.workflow import Accelerator, MergeGate
+from olive.config.gates import MergeGate
+from olive.config.workflow import Accelerator
 from olive.engine.gates import merge as gate
 from olive.errors import ConfigError, InternalError, PassFailed, Problem
 from olive.hardware.probe import probe

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import adapter_kit
-from olive.config.workflow import MergeGate
+from olive.config.gates import MergeGate
 from olive.engine.gates import merge as gate
 from olive.errors import PassFailed
 from olive.models import seen

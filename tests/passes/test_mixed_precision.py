@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from olive.config.workflow import Accelerator, ParityGate
+from olive.config.gates import ParityGate
+from olive.config.workflow import Accelerator
 from olive.engine.gates import quantised
 from olive.engine.rungs import advice
 from olive.errors import ConfigError, PassFailed, Severity

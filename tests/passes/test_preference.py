@@ -17,7 +17,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import adapter_kit
 import preference_kit
-from olive.config.workflow import Accelerator, MergeGate
+from olive.config.gates import MergeGate
+from olive.config.workflow import Accelerator
 from olive.engine.gates import merge as gate
 from olive.errors import ConfigError, PassFailed
 from olive.hardware.probe import probe

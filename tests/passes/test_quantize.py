@@ -13,7 +13,8 @@ import torch
 from onnx.numpy_helper import to_array
 from safetensors.torch import load_file, save_file
 
-from olive.config.workflow import Accelerator, ParityGate
+from olive.config.gates import ParityGate
+from olive.config.workflow import Accelerator
 from olive.engine.gates import parity
 from olive.engine.gates.compare import References
 from olive.errors import ConfigError, PassFailed, Problem, Severity

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from foreign_kit import Stored, tensors_of
-from olive.config.workflow import Accelerator, IntegersGate, ParityGate
+from olive.config.gates import IntegersGate, ParityGate
+from olive.config.workflow import Accelerator
 from olive.engine.gates import integers, parity
 from olive.errors import PassFailed, Severity
 from olive.hardware.probe import probe

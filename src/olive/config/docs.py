@@ -54,10 +54,10 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`evaluators.*.metrics[]`", "", workflow.Metric),
     ("`evaluators.*.metrics[].sub_types[]`", "", workflow.SubMetric),
     ("`evaluators.*.metrics[].sub_types[].goal`", "", workflow.Goal),
-    ("`gates`", "Checks between stages, on unless switched off.", workflow.Gates),
-    ("`gates.merge`", "", workflow.MergeGate),
-    ("`gates.parity`", "", workflow.ParityGate),
-    ("`gates.bundle`", "", workflow.BundleGate),
+    ("`gates`", "Checks between stages, on unless switched off.", gates.Gates),
+    ("`gates.merge`", "", gates.MergeGate),
+    ("`gates.parity`", "", gates.ParityGate),
+    ("`gates.bundle`", "", gates.BundleGate),
 )
 
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from olive.config.workflow import BundleGate
+from olive.config.gates import BundleGate
 from olive.engine.gates import generate_once
 from olive.engine.gates.compare import References, probes
 from olive.engine.result import GateResult

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olive.config.workflow import IntegersGate
+from olive.config.gates import IntegersGate
 from olive.engine.gates.compare import References
 from olive.engine.result import GateResult
 from olive.errors import PassFailed

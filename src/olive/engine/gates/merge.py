@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from olive.config.workflow import MergeGate
+from olive.config.gates import MergeGate
 from olive.engine.gates.compare import Comparison, References, compare, probes, torch_logits
 from olive.engine.result import GateResult
 from olive.errors import PassFailed

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from olive.config.workflow import ParityGate
+from olive.config.gates import ParityGate
 from olive.engine.gates import quantised
 from olive.engine.gates.compare import Comparison, References, compare, probes, torch_logits
 from olive.engine.result import GateResult

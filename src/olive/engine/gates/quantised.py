@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-from olive.config.workflow import ParityGate
+from olive.config.gates import ParityGate
 from olive.engine.gates.compare import References, compare, probes, torch_logits
 from olive.engine.result import GateResult
 from olive.engine.rungs import advice
