@@ -29,6 +29,7 @@ _TABLE: dict[str, str] = {
     "Awq": "olive.passes.quantize.awq:Awq",
     "Hqq": "olive.passes.quantize.hqq:Hqq",
     "SaveQuantized": "olive.passes.save.save_quantized:SaveQuantized",
+    "SaveGguf": "olive.passes.save.save_gguf:SaveGguf",
     "ModelBuilder": "olive.passes.export.model_builder:ModelBuilder",
 }
 

@@ -21,6 +21,7 @@ _LOAD: dict[Kind, str] = {
         'model = AutoPeftModelForCausalLM.from_pretrained("model")\n'
         "# `model` is the base with the adapter on top"
     ),
+    Kind.GGUF: 'from llama_cpp import Llama\nmodel = Llama("model/model.gguf")',
     Kind.ONNX: (
         "import onnxruntime\n"
         'session = onnxruntime.InferenceSession("model/model.onnx")\n'

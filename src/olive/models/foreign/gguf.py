@@ -24,14 +24,14 @@ from olive.models.stream import LazyTensors
 if TYPE_CHECKING:
     import torch
 
-WHOLE_STEPS = "olive.q4_1.integer_zero_points"  # metadata of files whose minima are whole steps
+OURS = "olive.integers"  # metadata of files that SaveGguf wrote: minima are whole steps
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
-_OUTSIDE = {"token_embd": EMBEDDING, "output_norm": "model.norm", "output": HEAD}
+OUTSIDE = {"token_embd": EMBEDDING, "output_norm": "model.norm", "output": HEAD}
 INSIDE = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_qkv": "self_attn.qkv_proj",
@@ -170,10 +170,10 @@ def open_file(path: Path) -> tuple[Header, View]:
 def view(header: Header) -> View:
     """A file in our layout, by its header."""
     tensors = list(_tensors(header))
-    exact = bool(header.metadata.get(WHOLE_STEPS))
+    exact = bool(header.metadata.get(OURS))
     tied = "output.weight" not in header.tensors
     linear = [one for one in tensors if len(one.stored.shape) == 2 and one.name != f"{EMBEDDING}.weight"]
-    whole = all(_layer(one, exact) for one in linear if one.layer != HEAD) and bool(linear)
+    whole = exact or (bool(linear) and all(_layer(one, exact) for one in linear if one.layer != HEAD))
     found = View()
     for one in tensors:
         layer = _layer(one, exact) if whole and len(one.stored.shape) == 2 else None
@@ -248,8 +248,8 @@ def _name(source: str, architecture: str) -> str:
             return f"model.layers.{number}.{'mlp.gate_up_proj' if fused else INSIDE[part]}.{kind}"
     else:
         base, _, kind = source.rpartition(".")
-        if base in _OUTSIDE:
-            return f"{_OUTSIDE[base]}.{kind}"
+        if base in OUTSIDE:
+            return f"{OUTSIDE[base]}.{kind}"
     raise ConfigError(
         f"the file holds {source}, which has no place in a model of {architecture} here",
         where="input_model",
