@@ -102,11 +102,6 @@ def test_an_adapter_on_weights_of_bitsandbytes(tmp_path: Path) -> None:
     bitsandbytes_folder(plain, tmp_path / "given", "nf4", double=True)
     settings = {"max_steps": 2, "seed": 0}
     lora = {"type": "LoRA", "r": 4, "train_data_config": "train", "training_args": settings}
-        "type": "LoRA",
-        "r": 4,
-        "train_data_config": "train",
-        "training_args": {"max_steps": 2, "seed": 0},
-    }
     export = {"type": "ModelBuilder", "precision": "fp32"}
     document(tmp_path, {"lora": lora, "merge": {"type": "MergeAdapterWeights"}, "export": export})
     planned = olive("plan", "--config", "document.json", cwd=tmp_path)

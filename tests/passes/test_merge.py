@@ -11,6 +11,7 @@ import pytest
 
 import tiny
 from adapter_kit import artifact, context, make_adapter
+from foreign_kit import foreign
 from olive.config.workflow import Accelerator, MergeGate
 from olive.engine.gates import merge as gate
 from olive.errors import InternalError, PassFailed, Problem
@@ -270,11 +271,8 @@ def test_a_truncated_adapter_is_untrusted(tmp_path: Path) -> None:
 
 
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
-    base = tiny.tiny_phi3(tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
-    (base / "config.json").write_text(json.dumps(config))
-    (problem,) = problems(base)
+    foreign(tiny.tiny_phi3(tmp_path / "plain"), tmp_path / "base", "gptq")
+    (problem,) = problems(tmp_path / "base")
     assert "gptq" in problem.message
 
 

@@ -64,9 +64,14 @@ def test_the_deepest_existing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.bin").touch()
     with pytest.raises(ConfigError, match="is a file"):
-        locate("model.gguf", tmp_path)
+        locate("model.bin", tmp_path)
+
+
+def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    assert locate("model.gguf", tmp_path) == tmp_path / "model.gguf"
 
 
 def test_a_cached_hub_model(tmp_path: Path) -> None:
