@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -69,6 +69,28 @@ class PassFailed(OliveError):
     """A pass or a gate failed on valid input."""
 
     exit_code = 3
+
+
+class GateFailed(PassFailed):
+    """A gate measured a model beyond a limit.
+
+    Args:
+        message, where, fix: of the problem.
+        figures: what was measured, by name.
+        limits: what it was held against.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        fix: str | None = None,
+        figures: Mapping[str, float],
+        limits: Mapping[str, float],
+    ) -> None:
+        super().__init__(message, where=where, fix=fix)
+        self.figures, self.limits = dict(figures), dict(limits)
 
 
 class NoCandidate(OliveError):

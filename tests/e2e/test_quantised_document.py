@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,43 @@ def test_the_document_gives_a_quantised_model(tmp_path: Path, quantise: dict[str
     again = olive("run", "--config", "document.json", cwd=tmp_path)
     assert again.returncode == 0
     assert all(step["cached"] for step in json.loads((tmp_path / "out" / "run.json").read_text())["steps"])
+
+
+@pytest.mark.parametrize(
+    ("choice", "quantise"),
+    [
+        ({"algorithm": "k_quant_mixed", "lm_head": True}, {"type": "KQuant", "lm_head": True}),
+        (
+            {"algorithm": "kl", "bits_per_weight": 7.5, "lm_head": True},
+            {"type": "Gptq", "calibration_tokens": 512, "lm_head": True},
+        ),
+    ],
+    ids=["k_quant_mixed", "kl"],
+)
+def test_bits_by_layer_reach_the_export(
+    tmp_path: Path, choice: dict[str, Any], quantise: dict[str, Any]
+) -> None:
+    path = document(tmp_path, quantise)
+    body = json.loads(path.read_text())
+    passes = body["passes"]
+    choice = {"type": "SelectiveMixedPrecision", "calibration_tokens": 512, **choice}
+    del passes["quantise"]["evaluator"], body["evaluator"]
+    order = {"lora": passes["lora"], "merge": passes["merge"], "choice": choice}
+    path.write_text(json.dumps(body | {"passes": order | passes}))
+    done = olive("run", "--config", "document.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out" / "run.json").read_text())
+    steps = {step["name"]: step for step in result["steps"]}
+    high = set(steps["choice"]["facts"]["high"])
+    layers = steps["quantise"]["facts"]["layers"]
+    assert 0 < len(high) < len(layers)
+    assert high == {row["name"] for row in layers if row["bits"] == 8}
+    made = Counter(f"{row['bits']} bits in blocks of {row['group_size']}" for row in layers)
+    assert made == steps["choice"]["facts"]["settings"]
+    assert (len({row["group_size"] for row in layers}) > 1) == (choice["algorithm"] == "kl")
+    gates = {gate["gate"]: gate["figures"] for gate in steps["export"]["gates"]}
+    assert gates["parity"]["kl"] < 0.02
+    assert not (tmp_path / "out" / "model" / "olive_precision.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from adapter_kit import artifact, context, make_adapter
 from foreign_kit import foreign
 from olive.config.workflow import Accelerator, MergeGate
 from olive.engine.gates import merge as gate
-from olive.errors import InternalError, PassFailed, Problem
+from olive.errors import ConfigError, InternalError, PassFailed, Problem
 from olive.hardware.probe import probe
 from olive.models import stream
 from olive.models.hf import describe, load_model
@@ -271,8 +271,18 @@ def test_a_truncated_adapter_is_untrusted(tmp_path: Path) -> None:
 
 
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
-    foreign(tiny.tiny_phi3(tmp_path / "plain"), tmp_path / "base", "gptq")
-    (problem,) = problems(tmp_path / "base")
+    base = tiny.tiny_phi3(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "quark"}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="quark"):
+        problems(base)
+    config["quantization_config"] = {"quant_method": "olive", "bits": 4, "group_size": 32, "symmetric": False}
+    (base / "config.json").write_text(json.dumps(config))
+    (problem,) = problems(base)
+    assert "olive" in problem.message
+    foreign(tiny.tiny_phi3(tmp_path / "plain"), tmp_path / "given", "gptq")
+    (problem,) = problems(tmp_path / "given")
     assert "gptq" in problem.message
 
 

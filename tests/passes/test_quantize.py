@@ -27,7 +27,7 @@ from olive.passes.quantize import calibration, layers
 from olive.passes.quantize.calibration import Calibration
 from olive.passes.registry import resolve
 from olive.quantization.grid import Grid, round_to_nearest
-from olive.quantization.hessian import inverse_factor
+from olive.quantization.hessian import feedback
 from olive.quantization.packing import pack
 from tiny import tiny_llama, tiny_phi3
 from training_kit import context, data, rows
@@ -210,7 +210,7 @@ class _Collect:
 
 
 def collected(source: Path, made: Calibration, limit: int, monkeypatch: pytest.MonkeyPatch) -> _Collect:
-    monkeypatch.setattr(Calibration, "batches", lambda self: _batches(self, limit))
+    monkeypatch.setattr(Calibration, "batches", lambda self, _: _batches(self, limit))
     found = _Collect()
     with LazyTensors(source) as tensors:
         stream = layers.LayerStream(source, tensors, made, "cpu", paired=True)
@@ -270,7 +270,7 @@ def test_an_input_of_nothing_falls_back_and_says_so(phi3: Path, tmp_path: Path) 
 
 
 def test_a_matrix_that_no_damping_helps_falls_back() -> None:
-    assert inverse_factor(torch.full((4, 4), torch.nan), 0.1) is None
+    assert feedback(torch.full((4, 4), torch.nan), torch.arange(4), 0.1) is None
 
 
 @pytest.mark.parametrize("name", ["Rtn", "Gptq"])

@@ -13,7 +13,7 @@ from olive.quantization.awq import best_scale, quantise_scaled
 from olive.quantization.errors import output_error, weight_error
 from olive.quantization.gptq import gptq, refit
 from olive.quantization.grid import Grid, Quantised, round_to_nearest
-from olive.quantization.hessian import Moments, inverse_factor, ridge
+from olive.quantization.hessian import Moments, feedback, ridge, ridge_factor
 from olive.quantization.hqq import hqq, lp_error
 from olive.quantization.k_quant import magnitudes, search
 
@@ -99,22 +99,31 @@ def test_moments_are_sums_of_products() -> None:
     assert not moments.sound
 
 
-def test_the_factor_is_that_of_the_damped_inverse() -> None:
-    sums = Moments(256)
-    sums.add(inputs())
-    factor, damping = inverse_factor(sums.sums, 0.01)
-    damped = sums.sums.double() + 0.01 * sums.sums.diagonal().mean() * torch.eye(256)
-    wanted = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+def test_the_factor_is_that_of_the_damped_moments() -> None:
+    """A D A^T is the matrix, with A unit upper triangular and D positive."""
+    moments = Moments(256)
+    moments.add(inputs())
+    order = moments.diagonal.argsort(descending=True)
+    factor, damping = feedback(moments.sums, order, 0.01)
+    damped = moments.sums.double() + 0.01 * moments.sums.diagonal().mean() * torch.eye(256)
+    damped = damped[order][:, order]
     assert damping == 0.01
-    assert float((factor - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+    assert bool((factor.diagonal() == 1).all())
+    assert not bool(factor.tril(-1).any())
+    wide = factor.double()
+    inverse = torch.linalg.inv(wide)
+    scales = (inverse @ damped @ inverse.T).diagonal()
+    assert bool((scales > 0).all())
+    assert float((wide * scales @ wide.T - damped).abs().max()) <= 1e-4 * float(damped.abs().max())
 
 
 def test_damping_grows_until_the_factor_exists() -> None:
+    order = torch.arange(16)
     indefinite = torch.diag(torch.tensor([1.0] * 15 + [-0.5]))
-    factor, damping = inverse_factor(indefinite, 0.01)
+    factor, damping = feedback(indefinite, order, 0.01)
     assert damping > 0.5
     assert bool(factor.isfinite().all())
-    assert inverse_factor(torch.diag(torch.tensor([1.0, -1.0])), 0.01) is None
+    assert feedback(torch.diag(torch.tensor([1.0, -1.0])), order[:2], 0.01) is None
 
 
 def plain_gptq(
@@ -143,7 +152,7 @@ def test_gptq_is_the_papers(ordered: bool) -> None:
     damped = moments.sums.clone()
     damped.diagonal().add_(0.01 * damped.diagonal().mean())
     order = moments.diagonal.argsort(descending=True) if ordered else torch.arange(96)
-    factor, _ = inverse_factor(moments.sums[order][:, order], 0.01)
+    factor, _ = feedback(moments.sums, order, 0.01)
     start = search(weight, Grid(4, 32))
     ours = gptq(weight, factor, order, start).dequantise()
     wanted = plain_gptq(weight, damped, start, order)
@@ -156,13 +165,13 @@ def test_each_step_takes_error_off_the_output() -> None:
     moments.add(inputs())
     sums, energy = moments.sums, moments.diagonal
     order = energy.argsort(descending=True)
-    factor, damping = inverse_factor(sums[order][:, order], 0.01)
+    factor, damping = feedback(sums, order, 0.01)
     damped = sums.clone()
     damped.diagonal().add_(damping * sums.diagonal().mean())
     plain = round_to_nearest(weight, Grid())
     start = search(weight, Grid(), energy / energy.mean())
     swept = gptq(weight, factor, order, start)
-    fitted = refit(weight, swept, damped)
+    fitted = refit(weight, swept, sums, damping)
     errors = [output_error(weight, one.dequantise(), damped) for one in (plain, start, swept, fitted)]
     assert errors == sorted(errors, reverse=True)
     assert errors[3] < 0.5 * errors[0]
@@ -186,7 +195,7 @@ def test_refit_finds_the_minimum_of_a_lone_scale() -> None:
 def test_ridge_is_the_regression_it_says() -> None:
     now, before = inputs(columns=32), inputs(columns=32, seed=3)
     drift, sums = (before - now).T @ now, now.T @ now
-    shift = ridge(sums, drift, 0.1)
+    shift = ridge(drift, ridge_factor(sums, 0.1))
     damped = sums.double() + 0.1 * sums.double().diagonal().mean() * torch.eye(32)
     wanted = drift.double() @ torch.linalg.inv(damped)
     assert float((shift - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())

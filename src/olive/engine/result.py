@@ -23,7 +23,8 @@ class GateResult(Frozen):
 
     Attributes:
         gate: ``merge``, ``parity`` or ``bundle``.
-        passed: an artifact whose gate failed is never stored, so in a result this is true.
+        passed: an artifact whose gate failed is never stored; where this is false, the document allowed a
+            fallback, and the gate of the same name after it held what the step made in the end.
         figures: measured numbers, e.g. ``kl`` (nat a token), ``top1`` (share of positions).
         limits: figure name -> limit it was held against.
         text: one line for people, e.g. a generated answer.

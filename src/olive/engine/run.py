@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olive.config.workflow import Evaluator, PassEntry
 from olive.data.rows import is_local
@@ -22,16 +22,20 @@ from olive.engine.output import MODEL, TRACKING
 from olive.engine.plan import Plan, PlannedStep, parts_of, stored_artifact
 from olive.engine.prompts import rendered_sample, sample_prompts
 from olive.engine.result import Finding, GateResult, RunResult, StepResult
-from olive.errors import InternalError, Problem, Severity, raise_errors
+from olive.errors import GateFailed, InternalError, Problem, Severity, raise_errors
 from olive.evaluation.score import Score
 from olive.hardware.memory import peak_memory
 from olive.models.artifact import Artifact
+from olive.models.hf import describe
 from olive.passes.base import PassContext, Progress
 from olive.passes.registry import resolve
 from olive.store.keys import key as make_key
 from olive.store.store import Entry, Store
 from olive.systems.job import Job
 from olive.systems.local import execute, failures_named, prepare_process
+
+if TYPE_CHECKING:
+    from olive.engine.fallback import Ladder
 
 
 @dataclass(slots=True)
@@ -154,19 +158,68 @@ def _step(state: _Run, name: str, entry: PassEntry, model: Artifact) -> tuple[St
 def _compute(
     state: _Run, name: str, entry: PassEntry, model: Artifact, key: str, parts: dict[str, Any]
 ) -> Entry:
-    """Run a step that the store does not hold, hold it against its gates, and store it."""
+    """Run a step that the store does not hold, hold it against its gates, and store it.
+
+    Where a gate refuses what a quantiser made and its parameters allow a fallback, the next rung is tried.
+    """
+    ladder = None
+    if getattr(entry.params, "fallback", False):
+        from olive.engine.fallback import Ladder
+
+        target = accelerator_of(state.plan.workflow, state.plan.workflow.target)
+        ladder = Ladder(entry, describe(model.path), state.plan.machine, target)
+    tried = entry
+    while True:
+        try:
+            return _attempt(state, name, tried, model, key, parts, ladder)
+        except _Refused as refused:
+            if ladder is None:
+                raise refused.error from None
+            attempt = ladder.descend(refused.error, refused.facts)
+            said = f"{ladder.failed[-1].text}; falling back to {attempt.text}"
+            state.progress.note(f"{name}: {said}")
+            state.findings.append(Problem(said, f"step {name}", severity=Severity.WARNING))
+            tried = entry.model_copy(update={"type": attempt.type, "params": attempt.params})
+
+
+class _Refused(Exception):
+    """A gate refused what a step made."""
+
+    def __init__(self, error: GateFailed, facts: dict[str, Any]) -> None:
+        self.error, self.facts = error, facts
+
+
+def _attempt(
+    state: _Run,
+    name: str,
+    entry: PassEntry,
+    model: Artifact,
+    key: str,
+    parts: dict[str, Any],
+    ladder: Ladder | None,
+) -> Entry:
+    """Run a step, by its entry or by what a fallback made of that, and store it under ``key``."""
     technique = resolve(entry.type)
-    journal = state.store.journal(key)
+    fallen = ladder is not None and bool(ladder.failed)
+    own = {"fallback": [entry.type, entry.params.model_dump(mode="json")]} if fallen else {}
+    journal = state.store.journal(make_key(parts | own))
     needed = state.planned(name).cost.disk
     with state.store.stage(needed=needed) as staging:
         job = _job(state, name, entry, model, staging.path, journal.path)
         result, ctx = execute(job, state.progress)
         state.findings += result.findings
-        with failures_named(job.place, job.out):
-            gates = _gates(state, job, ctx)
+        try:
+            with failures_named(job.place, job.out):
+                gates = _gates(state, job, ctx)
+        except GateFailed as error:
+            journal.clear()
+            raise _Refused(error, result.facts) from error
+        if ladder is not None and fallen:
+            result.facts["fallback"] = ladder.passed(gates)
+            gates = [*ladder.failed, *gates]
         meta = {
             "step": name,
-            "type": job.type,
+            "type": state.plan.workflow.passes[name].type,
             "kind": technique.produces.value,
             "attributes": result.attributes,
             "facts": result.facts,

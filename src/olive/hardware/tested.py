@@ -23,6 +23,7 @@ TESTED: dict[str, str] = {
     "onnxruntime": "1.32.0",
     "onnxruntime-genai": "0.18.0",
     "gguf": "0.19.0",
+    "compressed-tensors": "0.20.0",
     "optuna": "5.0.0",
     "pydantic": "2.14.3",
     "torchmetrics": "1.9.0",

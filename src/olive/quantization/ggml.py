@@ -2,9 +2,10 @@
 
 A row is a run of blocks; a block is its scales and then its codes. Q4_0 (18 bytes, 32 weights): float16
 scale, half byte j of the low halves is weight j, of the high halves weight j + 16; weight = (code - 8) scale.
-Q4_1 (20 bytes) has a float16 minimum beside: weight = code x scale + minimum. Q8_0 (34 bytes): float16 scale,
-32 int8. Q6_K (210 bytes, 256 weights): 6-bit codes, an int8 scale for each 16 of them, a float16 scale of
-those. Source: ``ggml-quants.h`` and ``ggml-quants.c`` of llama.cpp. Imported only where torch already is.
+Q4_1 (20 bytes) has a float16 minimum beside: weight = code x scale + minimum. Q8_0 (34 bytes): float16
+scale, 32 int8. Q6_K (210 bytes, 256 weights): 6-bit codes, an int8 scale for each 16 of them, a float16
+scale of those.
+Source: ``ggml-quants.h`` and ``ggml-quants.c`` of llama.cpp. Imported only where torch already is.
 """
 
 from __future__ import annotations

@@ -25,8 +25,7 @@ def gptq(
 
     Args:
         weight: (rows, columns) float32.
-        factor: upper Cholesky factor of the inverse of the inputs' damped second moments, rows and columns in
-            ``order``.
+        factor: unit upper triangular, of ``hessian.feedback``, rows and columns in ``order``.
         order: int64 (columns,), in which columns are rounded.
         start: scales and zero points of every block; its codes are not looked at.
 
@@ -37,34 +36,43 @@ def gptq(
     rows, columns = weight.shape
     # a column of the matrix is a row here, so that it lies in one piece
     left = weight.T[order].contiguous()
+    errors = left.clone()  # of a column to come: the weights themselves
     block_of = torch.div(order, grid.width(columns), rounding_mode="floor")
     scales = start.scales.T.contiguous()
-    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
     middle = torch.full_like(scales, float(grid.middle))
     zeros = middle if start.zeros is None else start.zeros.T.float().contiguous()
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    errors = torch.empty_like(left)
     lowest, top = (1 if grid.kind == "symmetric" else 0), grid.top
-    blocks, diagonal = block_of.tolist(), factor.diagonal().tolist()
+    if weight.is_cuda:
+        from olive.quantization.gpu_kernels import TOGETHER as together  # noqa: N811
+        from olive.quantization.gpu_kernels import round_columns
 
-    def one_by_one(first: int, last: int) -> None:
-        part = left[first:last]
-        for i in range(last - first):
-            column, b = part[i], blocks[first + i]
-            code = torch.addcmul(zeros[b], column, inverse[b]).round_().clamp_(lowest, top)
-            codes[first + i] = code
-            error = torch.sub(column, code.sub_(zeros[b]).mul_(scales[b]), out=errors[first + i])
-            error.div_(diagonal[first + i])
-            if first + i + 1 < last:
-                part[i + 1 :].addr_(factor[first + i, first + i + 1 : last], error, alpha=-1.0)
+        def one_by_one(first: int, last: int) -> None:
+            round_columns(left, errors, codes, factor, block_of, scales, zeros, (first, last), (lowest, top))
+    else:
+        together = _TOGETHER
+        inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
+        blocks = block_of.tolist()
+
+        def one_by_one(first: int, last: int) -> None:
+            part = left[first:last]
+            for i in range(last - first):
+                column, b = part[i], blocks[first + i]
+                code = torch.addcmul(zeros[b], column, inverse[b]).round_().clamp_(lowest, top)
+                codes[first + i] = code
+                error = errors[first + i].sub_(code.sub_(zeros[b]).mul_(scales[b]))
+                if first + i + 1 < last:
+                    part[i + 1 :].addr_(factor[first + i, first + i + 1 : last], error)
 
     def sweep(first: int, last: int) -> None:
-        if last - first <= _TOGETHER:
+        if last - first <= together:
             one_by_one(first, last)
             return
         half = first + (last - first + 1) // 2
+        if weight.is_cuda:
+            half = first + -(-(half - first) // together) * together
         sweep(first, half)
-        left[half:last].addmm_(factor[first:half, half:last].T, errors[first:half], alpha=-1.0)
+        left[half:last].addmm_(factor[first:half, half:last].T, errors[first:half])
         sweep(half, last)
 
     with one_thread_an_operation():
@@ -74,7 +82,7 @@ def gptq(
     return Quantised(grid, codes[back].T.contiguous(), start.scales, start.zeros)
 
 
-def refit(weight: torch.Tensor, start: Quantised, sums: torch.Tensor) -> Quantised:
+def refit(weight: torch.Tensor, start: Quantised, sums: torch.Tensor, damping: float = 0.0) -> Quantised:
     """Fit the scales to the codes, block after block, so that the layer's output changes least.
 
     With codes and the other scales fixed the error is a parabola in the scale of a block, for each row apart:
@@ -83,7 +91,8 @@ def refit(weight: torch.Tensor, start: Quantised, sums: torch.Tensor) -> Quantis
     Args:
         weight: (rows, columns) float32.
         start: codes, scales and zero points.
-        sums: (columns, columns) second moments of the inputs, damped.
+        sums: (columns, columns) second moments of the inputs.
+        damping: share of the mean of the diagonal of ``sums`` that is added to it.
 
     Returns:
         New scales, of the signs they had, with the codes and zero points of ``start``.
@@ -94,13 +103,16 @@ def refit(weight: torch.Tensor, start: Quantised, sums: torch.Tensor) -> Quantis
     scales = start.scales.clone()
     zeros = float(grid.middle) if start.zeros is None else start.zeros.float()[..., None]
     codes = (start.codes.view(rows, -1, width).float() - zeros).view(rows, columns)
+    more = damping * float(sums.diagonal().mean())
     # what the error of a row costs, by column: (w - q) H
-    slope = (weight - (codes.view(rows, -1, width) * scales[..., None]).view(rows, columns)) @ sums
+    error = weight - (codes.view(rows, -1, width) * scales[..., None]).view(rows, columns)
+    slope = torch.addmm(error, error, sums, beta=more)
+    del error
 
     def one(block: int) -> None:
         part = slice(block * width, (block + 1) * width)
         own = codes[:, part]
-        curve = (own @ sums[part, part]).mul_(own).sum(1)
+        curve = torch.addmm(own, own, sums[part, part], beta=more).mul_(own).sum(1)
         step = torch.where(curve > 0, (slope[:, part] * own).sum(1) / curve.clamp(min=1e-30), 0.0)
         step = torch.where((scales[:, block] + step) * scales[:, block] > 0, step, 0.0)
         scales[:, block] += step

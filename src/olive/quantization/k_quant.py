@@ -47,6 +47,16 @@ def search(
         raise ValueError("the search is for integer zero points; real ones have a closed form of their own")
     rows, columns = weight.shape
     width = grid.width(columns)
+    if weight.is_cuda:
+        from olive.quantization import gpu_kernels
+
+        if gpu_kernels.fits(grid):
+            wide = weight.float()
+            scales, zeros = gpu_kernels.search_scales(
+                wide, grid, fit(wide, grid), importance, spans, refinements
+            )
+            points = zeros.to(torch.uint8) if grid.kind == "asymmetric" else None
+            return Quantised(grid, encode(wide, grid, scales, zeros), scales, points)
     scales = torch.empty(rows, columns // width, device=weight.device)
     zeros = torch.empty_like(scales)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)

@@ -6,11 +6,49 @@ ones of the rotation and of SwiGLU's backward, and they take longer to call.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from triton import language as tl
+from triton.runtime import driver
 
 from olive.quantization.blockwise import Quantised, codes_of, dynamic_codes
+
+
+class _Kernel:
+    """A Triton kernel that is called without Triton's search for its compiled form, which takes 0.1 ms.
+
+    Args:
+        kernel: the function; every argument is given by position, constants last.
+        options: of its compilation.
+    """
+
+    def __init__(self, kernel: Any, **options: Any) -> None:
+        self.kernel, self.options = kernel, options
+        self.direct = True
+        self.made: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+
+    def __call__(self, grid: tuple[int, int], *args: Any) -> None:
+        """Run it; ``grid`` is the number of programs in both directions."""
+        device = args[0].device.index
+        # what Triton compiles for: dtypes, alignment, and numbers, of which there are few
+        key = (device, *[(x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in args])
+        made = self.made.get(key)
+        if made is None:
+            compiled = self.kernel[(*grid, 1)](*args, **self.options)
+            if self.direct:
+                self.made[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+            return
+        run, function, metadata = made
+        stream = driver.active.get_current_stream(device)
+        try:
+            run(*grid, 1, stream, function, metadata, None, None, None, *args)
+        except TypeError:  # another version of Triton hands its launcher other things
+            self.direct = False
+            self.made.clear()
+            self(grid, *args)
+
 
 _GROUP = 16  # heads a program turns at once
 _COLUMNS = 1024
@@ -48,10 +86,9 @@ def turn(src: torch.Tensor, dst: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     """
     tokens, heads, dim = src.shape
     grid = (tokens, triton.cdiv(heads, _GROUP))
-    _turn[grid](
-        src, dst, cos, sin, heads, src.stride(0), dst.stride(0),
-        SIGN=sign, HALF=dim // 2, PAD=triton.next_power_of_2(dim // 2), GROUP=_GROUP,
-    )  # fmt: skip
+    half = dim // 2
+    rows = (src.stride(0), dst.stride(0))
+    _TURN(grid, src, dst, cos, sin, heads, *rows, sign, half, triton.next_power_of_2(half), _GROUP)
 
 
 def split_rotate(
@@ -116,7 +153,7 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     g, u = gate.reshape(-1, size), up.reshape(-1, size)
     out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     grid = (g.shape[0], triton.cdiv(size, _COLUMNS))
-    _swiglu[grid](g, u, out, size, g.stride(0), u.stride(0), BLOCK=_COLUMNS)
+    _SWIGLU(grid, g, u, out, size, g.stride(0), u.stride(0), _COLUMNS)
     return out.view(gate.shape)
 
 
@@ -128,7 +165,7 @@ def gated_silu_backward(
     d, g, u, dg, du = (x.reshape(-1, size) for x in (grad, gate, up, into_gate, into_up))
     grid = (g.shape[0], triton.cdiv(size, _COLUMNS))
     rows = (d.stride(0), g.stride(0), u.stride(0), dg.stride(0))
-    _swiglu_back[grid](d, g, u, dg, du, size, *rows, BLOCK=_COLUMNS)
+    _SWIGLU_BACK(grid, d, g, u, dg, du, size, *rows, _COLUMNS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -185,7 +222,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tenso
     size = x.shape[-1]
     flat = x.reshape(-1, size)
     out, scales = torch.empty_like(flat), torch.empty(len(flat), dtype=torch.float32, device=x.device)
-    _norm[(len(flat),)](flat, weight, out, scales, size, eps, PAD=triton.next_power_of_2(size), num_warps=8)
+    _NORM((len(flat), 1), flat, weight, out, scales, size, eps, triton.next_power_of_2(size))
     return out.view(x.shape), scales
 
 
@@ -196,12 +233,13 @@ def norm_backward(
     size = x.shape[-1]
     flat, given = x.reshape(-1, size), grad.reshape(-1, size)
     into = torch.empty_like(flat)
-    _norm_back[(len(flat),)](
-        given, flat, weight, scales, into, size, PAD=triton.next_power_of_2(size), num_warps=8
-    )
+    _NORM_BACK((len(flat), 1), given, flat, weight, scales, into, size, triton.next_power_of_2(size))
     return into.view(x.shape)
 
 
+_TURN, _SWIGLU, _SWIGLU_BACK = _Kernel(_turn), _Kernel(_swiglu), _Kernel(_swiglu_back)
+_NORM, _NORM_BACK = _Kernel(_norm, num_warps=8), _Kernel(_norm_back, num_warps=8)
+_EXPAND = _Kernel(_expand, enable_fp_fusion=False)
 _TABLES: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
@@ -214,9 +252,10 @@ def expand(value: Quantised, dtype: torch.dtype) -> torch.Tensor:
     grid, dynamic = _TABLES[kind, str(device)]
     out = torch.empty(value.shape, dtype=dtype, device=device)
     double = value.outer is not None
-    _expand[(triton.cdiv(value.codes.numel(), _BYTES),)](
+    _EXPAND(
+        (triton.cdiv(value.codes.numel(), _BYTES), 1),
         value.codes, value.scales, value.outer if double else value.scales,
         value.offset if double else value.scales, grid, dynamic, out, out.numel(),
-        DOUBLE=double, WIDTH=value.scheme.block, BLOCK=_BYTES, enable_fp_fusion=False,
+        double, value.scheme.block, _BYTES,
     )  # fmt: skip
     return out

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from olive.passes.quantize.layers import Group, LayerStream
+    from olive.passes.quantize.states import Ahead
     from olive.quantization.grid import Quantised
     from olive.quantization.hessian import Moments
 
@@ -62,7 +63,7 @@ class Work:
         replaced: float32 tensors that are not quantised and change all the same, by name.
     """
 
-    tensors: LazyTensors
+    tensors: LazyTensors | Ahead
     chosen: Mapping[str, Layer]
     device: str
     model_type: str
@@ -164,9 +165,10 @@ class Calibrated(Quantiser[P]):
             rows: list[Row] = []
 
             def quantise(group: Group, modules: Mapping[str, nn.Linear]) -> None:
-                for name, module in modules.items():
-                    if name not in chosen:
-                        continue
+                wanted = [name for name in modules if name in chosen]
+                for place, name in enumerate(wanted):
+                    module = modules[name]
+                    group.waiting = len(wanted) - place if group.closed else 0
                     began = time.perf_counter()
                     weight = read_weight(stream.tensors, name, work.device)
                     made = self.solve(name, weight, chosen[name], group, params, work)

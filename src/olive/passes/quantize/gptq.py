@@ -65,58 +65,70 @@ class Gptq(Calibrated["Gptq.Params"]):
         if solver is None:
             why = "its inputs are NaN, infinite or all zero"
             return Made(self.quantise(weight, layer, params), {"fallback": why})
-        aim = weight if solver.shift is None else weight + params.drift * (weight @ solver.shift)
+        aim = solver.aim(weight, group, params)
         energy = group.moments.diagonal
         start = search(aim, grid, energy / energy.mean())
+        if solver.factor is None:
+            why = "no damping made its inputs' moments positive definite"
+            return Made(start, {"fallback": why})
         facts: dict[str, Any] = {} if solver.damping == params.damp_percent else {"damping": solver.damping}
         swept = gptq(aim, solver.factor, solver.order, start)
-        return Made(refit(aim, swept, solver.damped), facts)
+        return Made(refit(aim, swept, group.moments.sums, solver.damping), facts)
 
 
 class _Solver:
-    """What all layers of a group share.
+    """What the layers of a group share, made when first asked for.
 
     Attributes:
         order: of the columns.
-        factor: upper factor of the inverse of the damped moments, in that order.
+        factor: what later columns take over of the errors of earlier ones, in that order; None where it does
+            not exist.
         damping: that it took.
-        damped: the moments, damped, in the order of the layer.
-        shift: (width, width): weight @ shift is the change that makes up for the whole drift; None without.
     """
 
-    def __init__(
-        self,
-        order: torch.Tensor,
-        factor: torch.Tensor,
-        damping: float,
-        damped: torch.Tensor,
-        shift: torch.Tensor | None,
-    ) -> None:
-        self.order, self.factor, self.damping, self.damped, self.shift = order, factor, damping, damped, shift
+    def __init__(self, sums: torch.Tensor, params: Gptq.Params) -> None:
+        import torch
+
+        self.order = torch.arange(sums.shape[0], device=sums.device)
+        if params.desc_act:
+            self.order = sums.diagonal().argsort(descending=True, stable=True)
+        self.factor: torch.Tensor | None = None
+        self.damping = params.damp_percent
+        self._shift: torch.Tensor | None = None
+        self._tried = False
+
+    def aim(self, weight: torch.Tensor, group: Group, params: Gptq.Params) -> torch.Tensor:
+        """The weights to round: with the drift, those whose outputs come nearest to the unchanged model's.
+
+        The largest matrices here are moments of a model's widest inputs; the order of work is the one that
+        holds fewest of them at a time.
+        """
+        from olive.quantization.hessian import feedback, ridge, ridge_factor
+
+        sums, made = group.moments.sums, weight
+        if group.drift is not None and _finite(group.drift):
+            if self._shift is None and group.waiting == 1 and weight.shape[0] <= weight.shape[1]:
+                product, group.drift = weight @ group.drift, None
+                made = weight + params.drift * ridge(product, ridge_factor(sums, params.drift_damp))
+            else:
+                if self._shift is None:
+                    self._shift = ridge(group.drift, ridge_factor(sums, params.drift_damp))
+                made = weight + params.drift * (weight @ self._shift)
+        if not self._tried:
+            self._tried = True
+            found = feedback(sums, self.order, params.damp_percent)
+            if found is not None:
+                self.factor, self.damping = found
+        return made
+
+
+def _finite(matrix: torch.Tensor) -> bool:
+    import torch
+
+    return bool(torch.stack(matrix.aminmax()).isfinite().all())
 
 
 def _solver(group: Group, params: Gptq.Params) -> _Solver | None:
-    import torch
-
-    from olive.quantization.hessian import inverse_factor, ridge
-
-    if group.solved is not None:
-        return group.solved
-    if not group.moments.sound:
-        return None
-    sums = group.moments.sums
-    width = sums.shape[0]
-    order = torch.arange(width, device=sums.device)
-    if params.desc_act:
-        order = sums.diagonal().argsort(descending=True, stable=True)
-    found = inverse_factor(sums[order][:, order], params.damp_percent)
-    if found is None:
-        return None
-    factor, damping = found
-    shift = None
-    if group.drift is not None and bool(torch.stack(group.drift.aminmax()).isfinite().all()):
-        shift = ridge(sums, group.drift, params.drift_damp)
-    damped = sums.clone()
-    damped.diagonal().add_(damping * sums.diagonal().mean())
-    group.solved = _Solver(order, factor, damping, damped, shift)
+    if group.solved is None and group.moments.sound:
+        group.solved = _Solver(group.moments.sums, params)
     return group.solved

@@ -26,6 +26,7 @@ from olive.passes.quantize.writer import write_folder
 if TYPE_CHECKING:
     import torch
 
+    from olive.passes.quantize.states import Ahead
     from olive.quantization.grid import Quantised
     from olive.quantization.hessian import Moments
 
@@ -74,11 +75,16 @@ class Quantiser(Pass[P]):
         if ctx.accelerator.device == "cpu":
             torch.set_num_threads(max(1, ctx.machine.cores))
             choose_products(ctx.machine.cpu, ctx.machine.cpu_features)
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = True  # products of activations in 16 bits, and of errors
         info = describe(model.path)
         chosen = targets.chosen(info, params)
-        shelf = Shelf(ctx.journal)
+        shelf = Shelf(ctx.journal, behind=ctx.accelerator.device != "cpu")
         with open_model(model.path)[0] as tensors:
-            self.layers(model, info, tensors, chosen, params, shelf, ctx)
+            try:
+                self.layers(model, info, tensors, chosen, params, shelf, ctx)
+            finally:
+                shelf.close()
             size = write_folder(model.path, tensors, chosen, targets.default_settings(params), shelf, ctx.out)
         self._report(shelf, ctx, size, time.perf_counter() - began)
 
@@ -138,7 +144,7 @@ def units_of(chosen: Mapping[str, Layer]) -> dict[str, list[str]]:
     return units
 
 
-def read_weight(tensors: LazyTensors, name: str, device: str) -> torch.Tensor:
+def read_weight(tensors: LazyTensors | Ahead, name: str, device: str) -> torch.Tensor:
     """The (rows, columns) float32 weight of a layer; of a head that has none, the embedding.
 
     Raises:

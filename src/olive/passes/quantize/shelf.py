@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ class Shelf:
 
     Args:
         journal: of the step.
+        behind: write a unit while the next one is computed; a kill then loses two units, not one.
 
     Attributes:
         rows: what was measured of each layer, in order.
@@ -31,9 +33,12 @@ class Shelf:
         resumed: units that an earlier run had finished.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, *, behind: bool = False) -> None:
         self._journal = journal
         self._where: dict[str, Path] = {}
+        self._writer = ThreadPoolExecutor(1)
+        self._behind = behind
+        self._writing: Future[None] | None = None
         self.rows: list[Row] = []
         self.replaced: set[str] = set()
         self.resumed = 0
@@ -65,8 +70,28 @@ class Shelf:
         tensors |= {name: value.cpu().contiguous() for name, value in (replaced or {}).items()}
         journal = Journal(self._journal.path / unit)
         state = {"layers": rows, "replaced": sorted(replaced or {})}
-        journal.commit(1, lambda folder: save_file(tensors, folder / _FILE), state)
+        self._settle()
+        self._writing = self._writer.submit(
+            journal.commit, 1, lambda folder: save_file(tensors, folder / _FILE), state
+        )
+        if not self._behind:
+            self._settle()
         self._keep(journal.path / "ckpt-1" / FILES, state)
+
+    def _settle(self) -> None:
+        """Wait for the unit that is being written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            EnvironmentFault: the disk is full or refuses.
+        """
+        self._settle()
+        self._writer.shutdown()
 
     def _keep(self, folder: Path, state: dict[str, Any]) -> None:
         self.rows += state["layers"]
@@ -103,11 +128,11 @@ def packed(name: str, layer: Layer, one: Quantised) -> dict[str, torch.Tensor]:
     from olive.quantization.packing import pack
 
     found = {
-        f"{name}.qweight": pack(one.codes.cpu(), layer.bits),
+        f"{name}.qweight": pack(one.codes, layer.bits).cpu(),
         f"{name}.scales": one.scales.cpu().contiguous(),
     }
     if one.zeros is not None:
-        found[f"{name}.qzeros"] = pack(one.zeros.cpu(), layer.bits)
+        found[f"{name}.qzeros"] = pack(one.zeros, layer.bits).cpu()
     return found
 
 

@@ -20,7 +20,12 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _GROUPS = (16, 32, 64, 128, 256)
-_SHARED = (("q_proj", "k_proj", "v_proj"),)
+SHARED = (("q_proj", "k_proj", "v_proj"),)
+CHOICE = "olive_precision.json"  # beside a model: settings by layer, of SelectiveMixedPrecision
+
+
+Rung = Literal["lm_head", "down_proj", "group_size", "Gptq"]
+RUNGS: tuple[Rung, ...] = ("lm_head", "down_proj", "group_size", "Gptq")
 
 
 class Override(Frozen):
@@ -54,6 +59,16 @@ class QuantizeParams(PassParams):
     modules_to_not_convert: tuple[str, ...] = Field(
         (), description="Layer names or patterns that stay in floating point."
     )
+    fallback: bool | tuple[Rung, ...] = Field(
+        False,
+        description="What to try, in this order and one on top of the other, when the parity gate fails: 8 "
+        "bits for `lm_head`, 8 bits for `down_proj`, a smaller `group_size`, `Gptq`. true: all of them.",
+    )
+    fallback_data_config: str | None = Field(
+        None,
+        description="Data that the rung `Gptq` calibrates on. Default: the pass's own, where it has one.",
+        json_schema_extra={"reference": "data_configs"},
+    )
 
 
 def tied(info: ModelInfo) -> bool:
@@ -71,16 +86,19 @@ def number_of(name: str) -> int | None:
 
 def chosen(info: ModelInfo, params: QuantizeParams) -> dict[str, Layer]:
     """Name of each layer to quantise -> how; in order of the decoder layers, the head last."""
+    from olive.passes.quantize import precision
+
     found: dict[str, Layer] = {}
+    choice = precision.read(info.path)
     for name, (code, shape) in info.tensors.items():
         layer = name.removesuffix(".weight")
         if layer == name or len(shape) != 2 or code not in _FLOATS or number_of(name) is None:
             continue
         if not is_router(layer) and not _fits(layer, params.modules_to_not_convert):
-            found[layer] = layer_settings(layer, params)
+            found[layer] = layer_settings(layer, params, choice.get(layer))
     ordered = dict(sorted(found.items(), key=lambda item: number_of(item[0]) or 0))
     if params.lm_head and not _fits(HEAD, params.modules_to_not_convert):
-        ordered[HEAD] = layer_settings(HEAD, params)
+        ordered[HEAD] = layer_settings(HEAD, params, choice.get(HEAD))
     return ordered
 
 
@@ -89,9 +107,12 @@ def default_settings(params: QuantizeParams) -> Layer:
     return Layer(params.bits, params.group_size, params.sym)
 
 
-def layer_settings(name: str, params: QuantizeParams) -> Layer:
-    """How one layer is quantised."""
+def layer_settings(name: str, params: QuantizeParams, choice: Override | None = None) -> Layer:
+    """How one layer is quantised; ``choice`` is a pass's, which the document's overrides outrank."""
     bits, group, symmetric = params.bits, params.group_size, params.sym
+    if choice is not None:
+        bits, group = choice.bits or bits, choice.group_size or group
+        symmetric = symmetric if choice.symmetric is None else choice.symmetric
     for pattern, override in params.overrides.items():
         if fnmatchcase(name, pattern):
             bits = override.bits or bits
@@ -124,6 +145,14 @@ def check(info: ModelInfo, params: QuantizeParams, provider: str) -> Iterator[Pr
             fix="Check modules_to_not_convert." if params.modules_to_not_convert else "Use another model.",
         )
         return
+    if not isinstance(params.fallback, bool) and "Gptq" in params.fallback:
+        data = params.fallback_data_config or getattr(params, "data_config", None)
+        if data is None:
+            yield Problem(
+                "the rung Gptq has nothing to calibrate on",
+                where="fallback",
+                fix="Name a fallback_data_config, or leave the rung out.",
+            )
     yield from _check_head(info, params)
     yield from _check_overrides(params, [*layers, HEAD])
     yield from _check_blocks(info, layers)
@@ -233,7 +262,7 @@ def _check_shared(layers: Mapping[str, Layer]) -> Iterator[Problem]:
     """The export packs q, k and v into one matrix."""
     for name, layer in layers.items():
         prefix, _, last = name.rpartition(".")
-        for names in _SHARED:
+        for names in SHARED:
             others = {layers.get(f"{prefix}.{other}", layer) for other in names}
             if last == names[0] and len(others) > 1:
                 yield Problem(
