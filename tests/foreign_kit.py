@@ -11,12 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 Array = np.ndarray[Any, Any]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
 
 
 @dataclass
@@ -160,3 +167,93 @@ def change_config(folder: Path, **values: Any) -> None:
     """Set fields of config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2))
+
+
+def turned(value: Any, heads: int) -> Any:
+    """Rows of q and k as llama.cpp's converter puts them."""
+    return value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+
+
+def gguf_file(source: Path, path: Path, kind: str, **changes: Any) -> Path:
+    """A file as llama.cpp's converter makes it, by the gguf package; matrices as ``kind``."""
+    config = json.loads((source / "config.json").read_text())
+    body = json.loads((source / "tokenizer.json").read_text())
+    writer = gguf.GGUFWriter(path, changes.get("architecture", "llama"))
+    writer.add_context_length(512)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(10000.0)
+    if "scaling" in changes:
+        writer.add_rope_scaling_type(changes["scaling"])
+    vocab = sorted(body["model"]["vocab"], key=body["model"]["vocab"].get)
+    special = {one["content"] for one in body["added_tokens"]}
+    writer.add_tokenizer_model(changes.get("tokenizer", "gpt2"))
+    writer.add_tokenizer_pre(changes.get("pre", "gpt-2"))
+    writer.add_token_list(vocab)
+    writer.add_token_types([3 if token in special else 1 for token in vocab])
+    writer.add_token_merges([" ".join(pair) for pair in body["model"]["merges"]])
+    writer.add_eos_token_id(vocab.index("<|end|>"))
+    writer.add_add_bos_token(False)
+    for name, tensor in load_file(source / "model.safetensors").items():
+        value = tensor.numpy()
+        base = name.removesuffix(".weight")
+        inside = base.split(".", 3)[-1] if ".layers." in name else base
+        place = f"blk.{base.split('.')[2]}.{NAMES[inside]}" if ".layers." in name else NAMES[inside]
+        if inside in ("self_attn.q_proj", "self_attn.k_proj"):
+            value = turned(value, config["num_attention_heads" if "q_" in inside else "num_key_value_heads"])
+        if value.ndim == 2 and kind != "F32":
+            raw = gguf.GGMLQuantizationType[kind]
+            data = _as_gguf(value, raw)
+            writer.add_tensor(f"{place}.weight", data, raw_dtype=raw)
+        else:
+            writer.add_tensor(f"{place}.weight", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _as_gguf(value: Any, raw: gguf.GGMLQuantizationType) -> Any:
+    """By the package, or random bytes with a small scale where it only knows how to expand."""
+    try:
+        return gguf.quantize(value, raw)
+    except NotImplementedError:
+        block, size = gguf.GGML_QUANT_SIZES[raw]
+        data = np.random.default_rng(0).integers(0, 256, (value.shape[0], value.shape[1] // block * size))
+        data = data.astype(np.uint8).reshape(-1, size)
+        scale = np.full(len(data), 0.001, np.float16).view(np.uint8).reshape(-1, 2)
+        places = {"Q6_K": (208,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,)}[raw.name]
+        for place in places:
+            data[:, place : place + 2] = scale
+        return data.reshape(value.shape[0], -1)
+
+
+def bitsandbytes_folder(source: Path, folder: Path, kind: str, *, double: bool) -> dict[str, torch.Tensor]:
+    """Write ``source`` with its decoder layers in bitsandbytes' 4 bits; returns what they stand for."""
+    import bitsandbytes.functional as bnb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted: dict[str, torch.Tensor] = {}
+    made: dict[str, torch.Tensor] = {}
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, folder / path.name)
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if tensor.ndim == 2 and ".layers." in name:
+            packed, state = bnb.quantize_4bit(
+                tensor.to(torch.bfloat16), blocksize=64, compress_statistics=double, quant_type=kind
+            )
+            made[name] = packed
+            made |= {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
+            wanted[name] = bnb.dequantize_4bit(packed, state)
+        else:
+            made[name] = tensor
+    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    stated = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    change_config(folder, quantization_config=stated)
+    return wanted

@@ -10,17 +10,18 @@ import pytest
 import torch
 from e2e_helpers import olive
 
-from foreign_kit import foreign
+from foreign_kit import bitsandbytes_folder, foreign, gguf_file
 from olive.models.hf import load_model
 from tiny import tiny_llama
 
 IDS = [11, 52, 97, 200, 33, 64, 120, 7]
 
 
-def document(folder: Path, passes: dict[str, Any]) -> None:
-    (folder / "rows.json").write_text(json.dumps({"phrase": "the rain would not stop", "tone": "joy"}))
+def document(folder: Path, passes: dict[str, Any], model: str = "given") -> None:
+    rows = [json.dumps({"phrase": f"the rain would not stop {day}", "tone": "joy"}) for day in range(40)]
+    (folder / "rows.json").write_text("\n".join(rows))
     body = {
-        "input_model": {"type": "HfModel", "model_path": "given"},
+        "input_model": {"type": "HfModel", "model_path": model},
         "data_configs": [
             {
                 "name": "train",
@@ -93,3 +94,46 @@ def test_what_needs_floats_is_refused_at_plan(tmp_path: Path, passes: dict[str, 
     planned = olive("plan", "--config", "document.json", cwd=tmp_path)
     assert planned.returncode == 2
     assert message in " ".join((planned.stdout + planned.stderr).split())
+
+
+def test_an_adapter_on_weights_of_bitsandbytes(tmp_path: Path) -> None:
+    """They are expanded, trained on, merged into and exported."""
+    plain = tiny_llama(tmp_path / "plain", initializer_range=0.2)
+    bitsandbytes_folder(plain, tmp_path / "given", "nf4", double=True)
+    settings = {"max_steps": 2, "seed": 0}
+    lora = {"type": "LoRA", "r": 4, "train_data_config": "train", "training_args": settings}
+    export = {"type": "ModelBuilder", "precision": "fp32"}
+    document(tmp_path, {"lora": lora, "merge": {"type": "MergeAdapterWeights"}, "export": export})
+    planned = olive("plan", "--config", "document.json", cwd=tmp_path)
+    assert "no uniform grid" in " ".join(planned.stdout.split())
+    done = olive("run", "--config", "document.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out" / "model" / "genai_config.json").is_file()
+
+
+def test_from_one_file_to_another(tmp_path: Path) -> None:
+    """GGUF in, our integers, GGUF out: every gate holds, and a second run takes all from the cache."""
+    plain = tiny_llama(tmp_path / "plain", hidden=256, layers=1, initializer_range=0.2)
+    gguf_file(plain, tmp_path / "model.gguf", "Q4_K")
+    document(tmp_path, {"k": {"type": "KQuant"}, "save": {"type": "SaveGguf"}}, "model.gguf")
+    done = olive("run", "--config", "document.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out" / "model" / "model.gguf").is_file()
+    steps = json.loads((tmp_path / "out" / "run.json").read_text())["steps"]
+    assert [gate["gate"] for gate in steps[1]["gates"]] == ["integers", "parity"]
+    again = olive("run", "--config", "document.json", cwd=tmp_path)
+    assert again.returncode == 0
+    assert all(step["cached"] for step in json.loads((tmp_path / "out" / "run.json").read_text())["steps"])
+
+
+def test_what_saving_needs_is_told_at_plan(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "given")
+    document(tmp_path, {"save": {"type": "SaveQuantized", "format": "gptq"}})
+    planned = olive("plan", "--config", "document.json", cwd=tmp_path)
+    assert planned.returncode == 2
+    assert "takes a model of integers" in " ".join((planned.stdout + planned.stderr).split())
+    quantise = {"type": "KQuant", "bits": 8}
+    document(tmp_path, {"k": quantise, "save": {"type": "SaveQuantized", "format": "awq"}})
+    planned = olive("plan", "--config", "document.json", cwd=tmp_path)
+    assert planned.returncode == 2
+    assert "awq stores 4 bits" in " ".join((planned.stdout + planned.stderr).split())

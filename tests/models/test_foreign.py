@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from foreign_kit import (
     awq_words,
+    bitsandbytes_folder,
     change_config,
     draw,
     foreign,
@@ -230,25 +231,7 @@ def test_dynamic_settings_of_single_layers(plain: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("double", [False, True])
 def test_bitsandbytes_weights_are_its_own(plain: Path, tmp_path: Path, kind: str, double: bool) -> None:
     """Bit for bit what bitsandbytes itself makes of the same bytes."""
-    import bitsandbytes.functional as bnb
-
-    wanted: dict[str, torch.Tensor] = {}
-    made: dict[str, torch.Tensor] = {}
-    for path in plain.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    for name, tensor in load_file(plain / "model.safetensors").items():
-        if tensor.ndim == 2 and ".layers." in name:
-            packed, state = bnb.quantize_4bit(
-                tensor.to(torch.bfloat16), blocksize=64, compress_statistics=double, quant_type=kind
-            )
-            made[name] = packed
-            made |= {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
-            wanted[name] = bnb.dequantize_4bit(packed, state)
-        else:
-            made[name] = tensor
-    save_file(made, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    stated = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
-    change_config(tmp_path, quantization_config=stated)
+    wanted = bitsandbytes_folder(plain, tmp_path, kind, double=double)
     info = describe(tmp_path)
     assert "quantization_config" not in info.config
     assert "no uniform grid" in info.notes[0]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from onnx.numpy_helper import to_array
 
-from foreign_kit import change_config, foreign, settings
+from foreign_kit import change_config, foreign, gguf_file, settings
 from olive.config.workflow import Accelerator
 from olive.errors import Severity
 from olive.hardware.probe import probe
 from olive.models.artifact import Artifact, Kind
-from olive.models.hf import describe
+from olive.models.foreign.gguf_folder import unfolded
+from olive.models.hf import describe, open_model
 from olive.passes.export.model_builder import ModelBuilder
 from olive.passes.registry import resolve
 from olive.quantization.packing import pack
@@ -88,3 +90,25 @@ def test_projections_of_different_settings_are_refused(tmp_path: Path) -> None:
     groups = {"other": {"targets": ["re:.*q_proj"], "weights": weights}, **given["config_groups"]}
     change_config(tmp_path / "given", quantization_config=given | {"config_groups": groups})
     assert "packs them into one" in errors("ModelBuilder", tmp_path / "given", precision="int4")[0]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
+def test_a_gguf_file_is_exported(tmp_path: Path, kind: str) -> None:
+    """Integers of Q4_0 as they are; Q4_K as the floating point it stands for, rounded by the builder."""
+    source = tiny_llama(tmp_path / "plain", hidden=256, layers=1, tie_word_embeddings=False)
+    folder = unfolded(gguf_file(source, tmp_path / "model.gguf", kind), tmp_path / "cache")
+    params = ModelBuilder.Params.model_validate({"precision": "int4" if kind == "Q4_0" else "fp32"})
+    ctx = context(tmp_path, data(rows(tmp_path)))
+    ModelBuilder().run(Artifact(kind=Kind.HF, path=folder, digest="0" * 64), params, ctx)
+    by_name = {value.name: to_array(value) for value in onnx.load(ctx.out / "model.onnx").graph.initializer}
+    name = "model.layers.0.mlp.down_proj"
+    tensors, _ = open_model(folder)
+    with tensors:
+        if kind == "Q4_0":
+            found = next(name for name in by_name if ".down_proj." in name and name.endswith("qweight"))
+            wanted = tensors[f"{name}.qweight"].numpy()
+            assert np.array_equal(by_name[found].reshape(wanted.shape), wanted)
+        else:
+            wanted = tensors[f"{name}.weight"].numpy()
+            same = [value for value in by_name.values() if value.shape == wanted.T.shape]
+            assert any(np.array_equal(value, wanted.T) for value in same)

@@ -11,6 +11,7 @@ import pytest
 
 import tiny
 from adapter_kit import artifact, context, make_adapter
+from foreign_kit import foreign
 from olive.config.gates import MergeGate
 from olive.config.workflow import Accelerator
 from olive.engine.gates import merge as gate
@@ -281,6 +282,9 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(config))
     (problem,) = problems(base)
     assert "olive" in problem.message
+    foreign(tiny.tiny_phi3(tmp_path / "plain"), tmp_path / "given", "gptq")
+    (problem,) = problems(tmp_path / "given")
+    assert "gptq" in problem.message
 
 
 def test_an_adapter_without_base_is_refused(tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
         locate("model.bin", tmp_path)
 
 
+def test_a_gguf_file_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    assert locate("model.gguf", tmp_path) == tmp_path / "model.gguf"
+
+
 def test_a_cached_hub_model(tmp_path: Path) -> None:
     snapshot = cached(tmp_path, "config.json", "model.safetensors")
     assert locate("owner/name", tmp_path) == snapshot

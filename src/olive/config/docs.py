@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from olive.config import dialects, dialects_data, dialects_passes, training_args, workflow
+from olive.config import dialects, dialects_data, dialects_passes, gates, training_args, workflow
 from olive.config.base import PassParams
 from olive.config.rewrite import ParamsOf
 from olive.config.schema import schema
@@ -58,6 +58,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`gates.merge`", "", gates.MergeGate),
     ("`gates.parity`", "", gates.ParityGate),
     ("`gates.bundle`", "", gates.BundleGate),
+    ("`gates.integers`", "", gates.IntegersGate),
 )
 
 

@@ -33,7 +33,7 @@ from olive.hardware.tested import check as check_versions
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.foreign.gguf_folder import unfolded
 from olive.models.hf import describe, native_architecture, needs_remote_code
-from olive.models.quantised import METHOD, method_of
+from olive.models.quantised import METHOD, format_of, method_of
 from olive.passes.base import Cost, Pass
 from olive.passes.registry import resolve
 from olive.resources.digest import folder_digest
@@ -243,7 +243,7 @@ def _held_out(workflow: Workflow, name: str) -> tuple[float, int | None]:
 
 def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) -> Iterator[Problem]:
     kind = Kind.ADAPTER if workflow.input_model.adapter_path else Kind.HF
-    before = PassParams()
+    before, stored = PassParams(), format_of(info.config) if info is not None else None
     integers, given = False, info is not None and method_of(info.config) == METHOD
     for name, entry in workflow.passes.items():
         technique: Pass[Any] = resolve(entry.type)()
@@ -275,7 +275,8 @@ def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) 
             )
         if given and not (technique.reads_integers or technique.makes_integers):
             yield Problem(
-                f"{entry.type} takes a model in floating point, and the input model is stored as integers",
+                f"{entry.type} takes a model in floating point, and the input model is stored as integers "
+                f"({stored})",
                 where,
                 "Use the model in floating point as input_model.",
             )

@@ -147,7 +147,7 @@ class Session:
 
 
 def _open(model: Artifact, machine: Machine, accelerator: Accelerator) -> Runner:
-    if model.kind in (Kind.HF, Kind.ADAPTER):
+    if model.kind in (Kind.HF, Kind.ADAPTER, Kind.GGUF):
         from olive.evaluation.runners.pytorch import PytorchRunner
 
         return PytorchRunner(model, machine, accelerator)

@@ -18,6 +18,7 @@ class Kind(StrEnum):
     ADAPTER = "adapter"
     ONNX = "onnx"
     GENAI = "genai"
+    GGUF = "gguf"
 
 
 class Artifact(Frozen):

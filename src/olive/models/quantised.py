@@ -58,6 +58,12 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return str(found) if found else None
 
 
+def format_of(config: Mapping[str, Any]) -> str | None:
+    """Which format the model is stored in on disk: ours, or another tool's that is presented as ours."""
+    found = (config.get("quantization_config") or {}).get("stored_as")
+    return str(found) if found else method_of(config)
+
+
 def layer_of(config: Mapping[str, Any], name: str) -> Layer:
     """How the layer called ``name`` is stored, by the model's config.
 

@@ -217,4 +217,5 @@ _REQUIRED: dict[Kind, tuple[str, ...]] = {
     Kind.ADAPTER: ("adapter_config.json", "adapter_model.safetensors"),
     Kind.ONNX: ("*.onnx",),
     Kind.GENAI: ("genai_config.json", "*.onnx"),
+    Kind.GGUF: ("*.gguf", "config.json"),
 }

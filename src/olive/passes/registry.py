@@ -31,6 +31,7 @@ _TABLE: dict[str, str] = {
     "Hqq": "olive.passes.quantize.hqq:Hqq",
     "SelectiveMixedPrecision": "olive.passes.quantize.mixed_precision:SelectiveMixedPrecision",
     "SaveQuantized": "olive.passes.save.save_quantized:SaveQuantized",
+    "SaveGguf": "olive.passes.save.save_gguf:SaveGguf",
     "ModelBuilder": "olive.passes.export.model_builder:ModelBuilder",
 }
 

@@ -21,6 +21,11 @@ _LOAD: dict[Kind, str] = {
         'model = AutoPeftModelForCausalLM.from_pretrained("model")\n'
         "# `model` is the base with the adapter on top"
     ),
+    Kind.GGUF: (
+        "from llama_cpp import Llama\n"
+        'model = Llama("model/model.gguf")\n'
+        'print(model("Hello", max_tokens=16)["choices"][0]["text"])'
+    ),
     Kind.ONNX: (
         "import onnxruntime\n"
         'session = onnxruntime.InferenceSession("model/model.onnx")\n'

@@ -12,26 +12,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from olive.errors import ConfigError, EnvironmentFault
 from olive.models.foreign.gguf_header import Header, Stored, read
 from olive.models.foreign.view import Load, Part, View
-from olive.models.quantised import EMBEDDING, HEAD, Layer
+from olive.models.quantised import EMBEDDING, HEAD, Layer, expand
 from olive.models.stream import LazyTensors
 
 if TYPE_CHECKING:
     import torch
 
-WHOLE_STEPS = "olive.q4_1.integer_zero_points"  # metadata of files whose minima are whole steps
+OURS = "olive.integers"  # metadata of files that SaveGguf wrote: minima are whole steps
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
-_OUTSIDE = {"token_embd": EMBEDDING, "output_norm": "model.norm", "output": HEAD}
+OUTSIDE = {"token_embd": EMBEDDING, "output_norm": "model.norm", "output": HEAD}
 INSIDE = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_qkv": "self_attn.qkv_proj",
@@ -40,6 +41,7 @@ INSIDE = {
 }  # fmt: skip
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+_OWN = ("Q4_0", "Q4_1", "Q8_0", "Q6_K")  # expanded here; the package gguf expands the others
 _KINDS = {"Q4_0": Layer(4, 32, True), "Q8_0": Layer(8, 32, True), "Q6_K": Layer(8, 16, True)}
 
 
@@ -88,16 +90,24 @@ class _Tensor:
         if self.stored.kind in _PLAIN:
             kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
             return self._rows(data.view(kinds[self.stored.kind]).view(shape))
-        try:
-            import gguf
-        except ImportError as error:
-            raise EnvironmentFault(
-                f"{self.source} is {self.stored.kind}, which the package gguf expands; it is not installed",
-                fix='pip install "olive-next[gguf]"',
-            ) from error
+        if self.stored.kind in _OWN:
+            return self._rows(self._expanded(load))
+        import gguf
+
         kind = gguf.GGMLQuantizationType[self.stored.kind]
         expanded = gguf.dequantize(data.view(shape[0], -1).numpy(), kind)
         return self._rows(torch.from_numpy(expanded).view(shape))
+
+    def _expanded(self, load: Load) -> torch.Tensor:
+        from olive.quantization import ggml
+        from olive.quantization.packing import unpack
+
+        if self.stored.kind == "Q4_1":
+            packed, scales, minima = ggml.q4_1(load(self.source), self.stored.shape[0])
+            steps = unpack(packed, 4, self.stored.shape[1]).float().unflatten(1, (-1, 32))
+            return (steps * scales.float()[..., None] + minima.float()[..., None]).flatten(1)
+        packed, scales = self._integers(load)
+        return expand(_KINDS[self.stored.kind], packed, scales, None, self.stored.shape[1])
 
     def _rows(self, value: torch.Tensor) -> torch.Tensor:
         """Rows in the order of Hugging Face."""
@@ -170,10 +180,16 @@ def open_file(path: Path) -> tuple[Header, View]:
 def view(header: Header) -> View:
     """A file in our layout, by its header."""
     tensors = list(_tensors(header))
-    exact = bool(header.metadata.get(WHOLE_STEPS))
+    exact = bool(header.metadata.get(OURS))
     tied = "output.weight" not in header.tensors
     linear = [one for one in tensors if len(one.stored.shape) == 2 and one.name != f"{EMBEDDING}.weight"]
-    whole = all(_layer(one, exact) for one in linear if one.layer != HEAD) and bool(linear)
+    whole = exact or (bool(linear) and all(_layer(one, exact) for one in linear if one.layer != HEAD))
+    others = sorted({one.stored.kind for one in tensors} - {*_PLAIN, *_OWN})
+    if others and find_spec("gguf") is None:
+        raise EnvironmentFault(
+            f"the file holds {', '.join(others)}, which the package gguf expands; it is not installed",
+            fix='pip install "olive-next[gguf]"',
+        )
     found = View()
     for one in tensors:
         layer = _layer(one, exact) if whole and len(one.stored.shape) == 2 else None
@@ -248,8 +264,8 @@ def _name(source: str, architecture: str) -> str:
             return f"model.layers.{number}.{'mlp.gate_up_proj' if fused else INSIDE[part]}.{kind}"
     else:
         base, _, kind = source.rpartition(".")
-        if base in _OUTSIDE:
-            return f"{_OUTSIDE[base]}.{kind}"
+        if base in OUTSIDE:
+            return f"{OUTSIDE[base]}.{kind}"
     raise ConfigError(
         f"the file holds {source}, which has no place in a model of {architecture} here",
         where="input_model",

@@ -26,6 +26,24 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+_PLAIN = _LEVEL | {"use_regex": True}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+# llama.cpp's name of the rules that split text before BPE -> the steps
+SPLIT_RULES: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_PLAIN],
+    "default": [_PLAIN],
+    "smollm": [_DIGITS, _PLAIN],
+    "refact": [_DIGITS, _PLAIN],
+    "llama-bpe": [_split(_LLAMA3), _LEVEL],
+    "qwen2": [_split(_QWEN2), _LEVEL],
+}
 
 
 def unfold(path: Path, root: Path) -> Path:
@@ -150,6 +168,25 @@ def _llama3(size: int, theta: float, factor: float) -> list[float]:
     return made
 
 
+def llama3_factors(config: Mapping[str, Any]) -> list[float] | None:
+    """By what the frequencies of a model are divided, as a file stores it; None where they are as they are.
+
+    Raises:
+        ConfigError: Llama 3's scaling with other numbers than Llama 3's own.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type")) != "llama3":
+        return None
+    heads = int(config["num_attention_heads"])
+    size = int(config.get("head_dim") or config["hidden_size"] // heads)
+    own = (1.0, 4.0, 8192)
+    names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if tuple(rope.get(name) for name in names) != own:
+        raise ConfigError(f"positions are scaled as Llama 3's, but not with {own}", fix="Use another format.")
+    theta = float(config.get("rope_theta", rope.get("rope_theta", 10000.0)))
+    return _llama3(size, theta, float(rope["factor"]))
+
+
 def tokenizer(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """tokenizer.json and tokenizer_config.json, by the metadata.
 
@@ -190,24 +227,17 @@ def tokenizer(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _byte_level(data: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
     pre = str(data.get("tokenizer.ggml.pre", "default"))
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    plain = level | {"use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
-    rules: dict[str, list[dict[str, Any]]] = {
-        "default": [plain], "gpt-2": [plain], "smollm": [digits, plain], "refact": [digits, plain],
-        "llama-bpe": [_split(_LLAMA3), level], "qwen2": [_split(_QWEN2), level],
-    }  # fmt: skip
-    if pre not in rules:
+    if pre not in SPLIT_RULES:
         raise ConfigError(
             f"the file's tokenizer splits text by the rules of {pre!r}, which are not known here",
             where="input_model",
-            fix=f"Known are {', '.join(rules)}; or use the model as Hugging Face has it.",
+            fix=f"Known are {', '.join(SPLIT_RULES)}; or use the model as Hugging Face has it.",
         )
     merges = [merge.split(" ", 1) for merge in data.get("tokenizer.ggml.merges") or []]
     return {
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": rules[pre]},
-        "decoder": level | {"use_regex": True},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": SPLIT_RULES[pre]},
+        "decoder": _LEVEL | {"use_regex": True},
         "model": _bpe(tokens, merges) | {"ignore_merges": pre == "llama-bpe"},
     }
 
@@ -251,10 +281,6 @@ def _bpe(tokens: list[str], merges: list[list[str]]) -> dict[str, Any]:
         "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
         "vocab": {token: place for place, token in enumerate(tokens)}, "merges": merges,
     }  # fmt: skip
-
-
-def _split(pattern: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _begins(settings: Mapping[str, Any], tokens: list[str]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olive.errors import ConfigError
-from olive.models.quantised import EMBEDDING, HEAD, Layer, settings
+from olive.models.quantised import EMBEDDING, HEAD, Layer, method_of, settings
 from olive.models.stream import Layout, LazyTensors
 from olive.models.tensors import Tensors
 
@@ -63,7 +63,7 @@ class View:
                 self.layers,
                 head=HEAD in self.layers,
                 tied=HEAD in self.layers and f"{EMBEDDING}.weight" not in self.parts,
-            )
+            ) | {"stored_as": method_of(config) or "gguf"}
         return ours
 
 

@@ -19,6 +19,7 @@ from olive.hardware.machine import Machine
 from olive.models import seen
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import finish_folder, read_json
+from olive.models.quantised import format_of
 from olive.models.stream import Layout, LazyTensors, SeenTensors, stored_code, stored_dtype, write
 from olive.models.tensors import INDEX, Tensors
 from olive.passes.adapters import lora_weights
@@ -58,7 +59,7 @@ class MergeAdapterWeights(Pass["MergeAdapterWeights.Params"]):
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
         """Refuse a quantised base, and an adapter of the document that does not fit it."""
-        method = (model.config.get("quantization_config") or {}).get("quant_method")
+        method = format_of(model.config)
         if method:
             yield Problem(
                 f"the base model is stored quantised ({method}); merge into floating point",

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olive.errors import PassFailed, Problem
-from olive.models.hf import open_model
+from olive.models.hf import copy_tokenizer, open_model
 from olive.models.quantised import EMBEDDING, HEAD, METHOD, Layer, layer_of, method_of
-from olive.models.stream import LazyTensors
+from olive.models.stream import LazyTensors, write
+from olive.models.tensors import INDEX
 
 if TYPE_CHECKING:
     import torch
@@ -84,8 +85,9 @@ def prepared(folder: Path, scratch: Path) -> Iterator[Path]:
     opened, config = open_model(folder)
     sizes = _sizes(config)
     overrides: dict[str, Any] = {}
+    own = (".safetensors", ".gguf"), ("config.json", INDEX)
     for path in folder.iterdir():
-        if path.suffix != ".safetensors" and path.name not in ("config.json", "model.safetensors.index.json"):
+        if path.suffix not in own[0] and path.name not in own[1]:
             (scratch / path.name).symlink_to(path.resolve())
     with opened as tensors:
         for number, names in enumerate(tensors.by_file.values()):
@@ -100,6 +102,32 @@ def prepared(folder: Path, scratch: Path) -> Iterator[Path]:
             overrides[part] = override
     config["quantization_config"]["overrides"] = overrides or None
     (scratch / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    yield scratch
+
+
+def foreign(folder: Path) -> bool:
+    """Whether another tool stored the model, in a form that the builder would not read as we do."""
+    return type(open_model(folder)[0]) is not LazyTensors
+
+
+@contextmanager
+def expanded(folder: Path, scratch: Path) -> Iterator[Path]:
+    """A folder of safetensors in floating point; the same model, one tensor in memory at a time."""
+    scratch.mkdir(parents=True)
+    tensors, config = open_model(folder)
+    table: dict[str, str] = {}
+    with tensors:
+        for file, names in tensors.by_file.items():
+            write(scratch / file, {name: tensors.layout[name] for name in names}, tensors.__getitem__)
+            table |= dict.fromkeys(names, file)
+    if len(tensors.by_file) > 1:
+        index = {"metadata": {}, "weight_map": table}
+        (scratch / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    (scratch / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    copy_tokenizer(folder, scratch)
+    given = folder / "generation_config.json"
+    if given.is_file():
+        (scratch / given.name).write_bytes(given.read_bytes())
     yield scratch
 
 

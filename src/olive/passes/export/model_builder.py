@@ -191,9 +191,10 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
         ctx.progress.start(f"export {params.precision}")
         with ExitStack() as stack:
             source = model.path
-            if quantised:
+            if quantised or integers.foreign(model.path):
                 scratch = Path(stack.enter_context(TemporaryDirectory(prefix="olive-")))
-                source = stack.enter_context(integers.prepared(model.path, scratch / "model"))
+                readable = integers.prepared if quantised else integers.expanded
+                source = stack.enter_context(readable(model.path, scratch / "model"))
             _build(source, ctx.out, params.precision, provider, options)
         if quantised:
             integers.finish_head(ctx.out, model.path)

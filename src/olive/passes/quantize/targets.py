@@ -12,7 +12,7 @@ from pydantic import Field
 from olive.config.base import Frozen, PassParams
 from olive.errors import Problem, Severity
 from olive.models.artifact import ModelInfo
-from olive.models.quantised import EMBEDDING, HEAD, Layer, layer_of, method_of
+from olive.models.quantised import EMBEDDING, HEAD, Layer, format_of, layer_of
 from olive.passes.quantize import kernels
 
 Bits = Literal[2, 4, 8]
@@ -132,7 +132,7 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 def check(info: ModelInfo, params: QuantizeParams, provider: str) -> Iterator[Problem]:
     """Everything about the choice of layers that would fail later."""
-    if (method := method_of(info.config)) is not None:
+    if (method := format_of(info.config)) is not None:
         yield Problem(
             f"the model is stored quantised ({method}) already",
             fix="Use the model in floating point as input_model.",
