@@ -293,6 +293,29 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_it_came_in(tmp_path: Path, num
     assert [p["loss"] for p in ctx.series["loss"]] == [p["loss"] for p in calm.series["loss"]]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_does_not_shorten_training(tmp_path: Path, number: int) -> None:
+    """As under nohup, or behind a shell's &: a model of some of the steps must not pass for the whole."""
+
+    class Interrupting(Notes):
+        def update(self, done: int, **fields: float | str) -> None:
+            super().update(done, **fields)
+            if done == 2 and "loss" in fields:
+                os.kill(os.getpid(), number)
+
+    base = tiny_phi3(tmp_path / "base")
+    wanted = params(training_args={"max_steps": 6})
+    ctx = context(tmp_path, data(rows(tmp_path)))
+    ctx.progress = Interrupting()
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        LoRA().run(Artifact(kind=Kind.HF, path=base, digest="0" * 64), wanted, ctx)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    assert [point["step"] for point in ctx.series["loss"]] == [1, 2, 3, 4, 5, 6]
+
+
 def test_nan_loss_stops(tmp_path: Path) -> None:
     base = tiny_phi3(tmp_path / "base")
     with pytest.raises(PassFailed, match="loss became") as failed:

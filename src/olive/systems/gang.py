@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from olive import errors
 from olive.errors import EnvironmentFault, OliveError, OutOfMemory, PassFailed, Problem, Severity
+from olive.hardware import signals
 from olive.passes.base import Progress
 from olive.systems.job import Job, JobResult
 
@@ -71,7 +72,7 @@ def _once(job: Job, progress: Progress, attempt: int) -> JobResult | None:
             failed = [rank for rank, process in enumerate(gang) if process.poll()]
             _end(gang)
         if stopped[0]:
-            signal.raise_signal(stopped[0])
+            signals.end_by(stopped[0])
         if failed:
             raise _error(folder, gang, failed)
         if job.host:
@@ -151,9 +152,6 @@ def _end(gang: list[subprocess.Popen[bytes]]) -> None:
 @contextmanager
 def _passing_signals_on(gang: list[subprocess.Popen[bytes]], stopped: list[int]) -> Iterator[None]:
     """Let the processes end with a checkpoint on Ctrl-C and SIGTERM; the second time ends them at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def pass_on(number: int, frame: Any) -> None:
         again, stopped[0] = bool(stopped[0]), number
@@ -161,12 +159,8 @@ def _passing_signals_on(gang: list[subprocess.Popen[bytes]], stopped: list[int])
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL if again else number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals.caught(pass_on):
         yield
-    finally:
-        for number, usual in before.items():
-            signal.signal(number, usual)
 
 
 def _error(folder: Path, gang: list[subprocess.Popen[bytes]], failed: list[int]) -> OliveError:

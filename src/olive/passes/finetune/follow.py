@@ -6,7 +6,6 @@ Imported only where torch already is.
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from olive.hardware import signals
 from olive.passes.finetune import checkpoints
 from olive.passes.finetune.fused import Factors
 
@@ -28,26 +28,16 @@ def stopping_after_the_step(trainer: PackedTrainer) -> Iterator[None]:
 
     The second signal does that at once.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: Any) -> None:
         trainer.stop = number
-        for each, usual in before.items():
-            signal.signal(each, usual)
+        usual()
         trainer.progress.note("stopping after this step, with a checkpoint; once more stops now")
 
-    for number in before:
-        signal.signal(number, ask)
-    try:
+    with signals.caught(ask) as usual:
         yield
-    finally:
-        for number, usual in before.items():
-            signal.signal(number, usual)
     if trainer.stop is not None:
-        signal.raise_signal(trainer.stop)
+        signals.end_by(trainer.stop)
 
 
 @dataclass(frozen=True, slots=True)
