@@ -135,8 +135,16 @@ def refit(weight: torch.Tensor, start: Quantised, sums: torch.Tensor, damping: f
     error = weight - (codes.view(rows, -1, width) * scales[..., None]).view(rows, columns)
     slope = torch.addmm(error, error, sums, beta=more)
     del error
+    fast = None
+    if weight.is_cuda:
+        from olive.quantization import gpu_kernels
+
+        fast = gpu_kernels.refit_block if gpu_kernels.fits_refit(width) else None
 
     def one(block: int, _: int) -> None:
+        if fast is not None:
+            fast(slope, codes, sums, scales, block, more)
+            return
         part = slice(block * width, (block + 1) * width)
         own = codes[:, part]
         curve = torch.addmm(own, own, sums[part, part], beta=more).mul_(own).sum(1)

@@ -12,6 +12,7 @@ import triton
 from triton import language as tl
 
 from olive.quantization.grid import Grid
+from olive.quantization.launch import Kernel
 
 TOGETHER = 64  # columns that ``round_columns`` takes at most
 _ROWS = 32
@@ -26,21 +27,21 @@ def _even(x):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _columns(  # type: ignore[no-untyped-def]
-    left, errors, codes, factor, block_of, scales, zeros, rows, first, count, factor_row, factor_column,
+    left, errors, codes, factor, block_of, scales, zeros, rows, count, factor_row, factor_column,
     lowest, top,
     SPAN: tl.constexpr, ROWS: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = tl.arange(0, SPAN)
     inside = row < rows
-    at = (first + place).to(tl.int64)[:, None] * rows + row[None, :]
+    at = place[:, None] * rows + row[None, :]
     both = (place < count)[:, None] & inside[None, :]
     now = tl.load(left + at, mask=both, other=0.0)
     lost = tl.load(errors + at, mask=both, other=0.0)  # the weights; of a rounded column, its error
     code = tl.zeros((SPAN, ROWS), dtype=tl.float32)
     for i in range(count):
         here = (place == i)[:, None]
-        block = tl.load(block_of + first + i)
+        block = tl.load(block_of + i)
         scale = tl.load(scales + block * rows + row, mask=inside, other=0.0)
         zero = tl.load(zeros + block * rows + row, mask=inside, other=0.0)
         value = tl.sum(tl.where(here, now, 0.0), 0)
@@ -51,7 +52,7 @@ def _columns(  # type: ignore[no-untyped-def]
         code = tl.where(here, level[None, :], code)
         lost = tl.where(here, error[None, :], lost)
         share = tl.load(
-            factor + (first + i).to(tl.int64) * factor_row + (first + place).to(tl.int64) * factor_column,
+            factor + i * factor_row + place * factor_column,
             mask=(place > i) & (place < count), other=0.0,
         )  # fmt: skip
         now += share[:, None] * error[None, :]
@@ -85,10 +86,70 @@ def round_columns(
     """
     rows = left.shape[1]
     first, last = span
-    _columns[(triton.cdiv(rows, _ROWS),)](
-        left, errors, codes, factor, block_of, scales, zeros, rows, first, last - first, *factor.stride(),
-        float(levels[0]), float(levels[1]), SPAN=TOGETHER, ROWS=_ROWS, num_warps=2,
+    # what lies before the span is left out of the pointers: a call's numbers are then few
+    _COLUMNS(
+        (triton.cdiv(rows, _ROWS), 1),
+        left[first:], errors[first:], codes[first:], factor[first:, first:], block_of[first:], scales, zeros,
+        rows, last - first, *factor.stride(), float(levels[0]), float(levels[1]), TOGETHER, _ROWS,
     )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scale(  # type: ignore[no-untyped-def]
+    slope, codes, sums, scales, more, rows, row_size, sums_row, blocks,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = tl.arange(0, WIDTH)
+    inside = row < rows
+    at = row.to(tl.int64)[:, None] * row_size + place[None, :]
+    own = tl.load(codes + at, mask=inside[:, None], other=0.0)
+    grad = tl.load(slope + at, mask=inside[:, None], other=0.0)
+    square = tl.load(sums + place.to(tl.int64)[:, None] * sums_row + place[None, :])
+    along = tl.dot(own, square, input_precision="ieee") + more * own
+    curve = tl.sum(along * own, 1)
+    step = tl.where(curve > 0.0, tl.sum(grad * own, 1) / tl.maximum(curve, 1e-30), 0.0)
+    scale = tl.load(scales + row.to(tl.int64) * blocks, mask=inside, other=0.0)
+    step = tl.where((scale + step) * scale > 0.0, step, 0.0)
+    tl.store(scales + row.to(tl.int64) * blocks, scale + step, mask=inside)
+    tl.store(codes + at, own * step[:, None], mask=inside[:, None])
+
+
+def fits_refit(width: int) -> bool:
+    """Whether ``refit_block`` knows blocks of so many weights."""
+    return width in (16, 32, 64)
+
+
+def refit_block(
+    slope: torch.Tensor,
+    codes: torch.Tensor,
+    sums: torch.Tensor,
+    scales: torch.Tensor,
+    block: int,
+    more: float,
+) -> None:
+    """Fit the scale of one block of each row: a step of ``gptq.refit``.
+
+    Args:
+        slope: float32 (rows, columns), of the error by the weights.
+        codes: float32 (rows, columns), less their zero points; of this block afterwards by how much its
+            weights moved.
+        sums: float32 (columns, columns).
+        scales: float32 (rows, blocks), of this block changed.
+        block: which.
+        more: added to the diagonal of ``sums``.
+    """
+    rows, blocks = scales.shape
+    width = codes.shape[1] // blocks
+    first = block * width
+    _SCALE(
+        (triton.cdiv(rows, _ROWS), 1),
+        slope[:, first:], codes[:, first:], sums[first:, first:], scales[:, block:], more,
+        rows, codes.stride(0), sums.stride(0), blocks, width, _ROWS,
+    )  # fmt: skip
+
+
+_COLUMNS, _SCALE = Kernel(_columns, num_warps=2), Kernel(_scale, num_warps=2)
 
 
 @triton.jit

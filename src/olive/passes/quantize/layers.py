@@ -34,7 +34,7 @@ from olive.passes.quantize.forward import (
     tokens,
 )
 from olive.passes.quantize.shelf import Shelf
-from olive.passes.quantize.states import Ahead, States
+from olive.passes.quantize.states import Ahead, Replay, States
 from olive.quantization.hessian import Moments
 
 _PER_BATCH_GPU = 1 << 13  # tokens
@@ -95,6 +95,10 @@ class LayerStream:
         self.now = States(self.device, (1 + paired) * calibration.tokens * self.width * self.dtype.itemsize)
         self._embed(calibration)
         self.before = self.now.copy() if paired else States(self.device, 0)
+        self.replays = [
+            Replay(self.device, calibration.tokens * self.width * self.dtype.itemsize, len(self.given))
+            for _ in range(1 + paired)
+        ]
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -144,6 +148,10 @@ class LayerStream:
             f"{self.prefix}.{number}", f"{self.prefix}.{following}" if following < len(self) else None
         )
         self._load(layer, f"{self.prefix}.{number}")
+        if self.device.type == "cuda":
+            from olive.passes.quantize.gpu_layer import hasten
+
+            hasten(layer)
         try:
             yield layer
         finally:
@@ -152,6 +160,8 @@ class LayerStream:
     @torch.no_grad()
     def advance(self, number: int, layer: nn.Module, original: nn.Module | None) -> None:
         """Replace the hidden states by what the layer makes of them."""
+        for replay in self.replays:
+            replay.rewind()
         for runner, states in ((layer, self.now), (original, self.before)):
             if runner is not None:
                 for place, hidden in enumerate(states):
@@ -162,7 +172,7 @@ class LayerStream:
         self, number: int, layer: nn.Module, names: list[str], shelf: Shelf, chosen: Mapping[str, Layer]
     ) -> None:
         """Go past a layer that an earlier run finished, or that stays as it is."""
-        original = copy.deepcopy(layer) if self.paired else None
+        original = self._twin(layer)
         for name in names:
             module = layer.get_submodule(name.removeprefix(f"{self.prefix}.{number}."))
             if isinstance(module, nn.Linear):
@@ -173,6 +183,11 @@ class LayerStream:
                     shelf.load(name)
                 )
         self.advance(number, layer, original)
+        _leave(original)
+
+    def _twin(self, layer: nn.Module) -> nn.Module | None:
+        """The layer as it is now, to run beside."""
+        return copy.deepcopy(layer) if self.paired else None
 
     @torch.no_grad()
     def final_moments(self) -> Moments | None:
@@ -196,18 +211,29 @@ class LayerStream:
         more, the layer runs as far as the next group on every batch, and the group is quantised then.
         """
         prefix = f"{self.prefix}.{number}."
-        original = copy.deepcopy(layer) if self.paired else None
+        original = self._twin(layer)
         todo = _linears(layer, prefix)
         if len(self.given) == 1:
             self._sweep_once(number, layer, original, todo, quantise)
+            _leave(original)
             return
         twins = {} if original is None else _linears(original, prefix)
+        attention = None
         while todo and (found := self._next_group(number, layer, original, todo, twins)) is not None:
             group, ended = found
             quantise(group, {name: todo.pop(name) for name in group.names})
             del group, found
-            original = None if ended else original
+            if ended:
+                _leave(original)
+                original = None
+            if attention is None and (attention := _done_attention(layer, prefix, todo)) is not None:
+                for replay, runner in zip(self.replays, (layer, original), strict=False):
+                    if runner is not None:
+                        replay.attach(runner.get_submodule(attention))
         self.advance(number, layer, original)
+        for replay in self.replays:
+            replay.detach()
+        _leave(original)
 
     def _sweep_once(
         self,
@@ -242,6 +268,8 @@ class LayerStream:
             The group, and whether the unchanged layer's outputs have replaced its inputs; None where no layer
             of ``todo`` is called.
         """
+        for replay in self.replays:
+            replay.rewind()
         group: Group | None = None
         names: list[str] = []
         ended = False
@@ -272,6 +300,22 @@ def _linears(layer: nn.Module, prefix: str) -> dict[str, nn.Linear]:
     return {
         f"{prefix}{name}": module for name, module in layer.named_modules() if isinstance(module, nn.Linear)
     }
+
+
+def _leave(layer: nn.Module | None) -> None:
+    """Let go of a layer's weights; functions put into its modules would else hold them until a collection."""
+    if layer is not None:
+        layer.to("meta")
+
+
+def _done_attention(layer: nn.Module, prefix: str, todo: Mapping[str, nn.Linear]) -> str | None:
+    """The attention inside the layer whose linear layers are all quantised."""
+    for name, module in layer.named_children():
+        if type(module).__name__.endswith("Attention") and not any(
+            left.startswith(f"{prefix}{name}.") for left in todo
+        ):
+            return name
+    return None
 
 
 def _decoder_layers(model: nn.Module, config: Mapping[str, Any]) -> tuple[str, nn.ModuleList]:

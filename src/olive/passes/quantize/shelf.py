@@ -69,11 +69,16 @@ class Shelf:
         }
         tensors |= {name: value.cpu().contiguous() for name, value in (replaced or {}).items()}
         journal = Journal(self._journal.path / unit)
+        ready = _event(layers)
         state = {"layers": rows, "replaced": sorted(replaced or {})}
         self._settle()
-        self._writing = self._writer.submit(
-            journal.commit, 1, lambda folder: save_file(tensors, folder / _FILE), state
-        )
+
+        def write(folder: Path) -> None:
+            if ready is not None:
+                ready.synchronize()
+            save_file(tensors, folder / _FILE)
+
+        self._writing = self._writer.submit(journal.commit, 1, write, state)
         if not self._behind:
             self._settle()
         self._keep(journal.path / "ckpt-1" / FILES, state)
@@ -128,12 +133,33 @@ def packed(name: str, layer: Layer, one: Quantised) -> dict[str, torch.Tensor]:
     from olive.quantization.packing import pack
 
     found = {
-        f"{name}.qweight": pack(one.codes, layer.bits).cpu(),
-        f"{name}.scales": one.scales.cpu().contiguous(),
+        f"{name}.qweight": _on_host(pack(one.codes, layer.bits)),
+        f"{name}.scales": _on_host(one.scales),
     }
     if one.zeros is not None:
-        found[f"{name}.qzeros"] = pack(one.zeros, layer.bits).cpu()
+        found[f"{name}.qzeros"] = _on_host(pack(one.zeros, layer.bits))
     return found
+
+
+def _event(layers: Mapping[str, tuple[Layer, Quantised]]) -> torch.cuda.Event | None:
+    """Passed when the GPU has made and copied the layers; None where no GPU makes them."""
+    import torch
+
+    if not any(one.codes.is_cuda for _, one in layers.values()):
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def _on_host(value: torch.Tensor) -> torch.Tensor:
+    """The tensor in the host's memory; of one on a GPU not before the GPU has come so far."""
+    import torch
+
+    if not value.is_cuda:
+        return value.contiguous()
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return host.copy_(value, non_blocking=True)
 
 
 def layout(name: str, layer: Layer, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:

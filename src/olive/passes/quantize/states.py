@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
+from torch import nn
 
 from olive.models.stream import LazyTensors
 
@@ -90,6 +92,56 @@ class States:
             self._out.synchronize()
         other._kept = [kept.clone().pin_memory() for kept in self._kept] if self._away else list(self._kept)
         return other
+
+
+class Replay:
+    """What the attention of a finished part of a layer gives, so that it need not run again in later passes.
+
+    Args:
+        device: where it is computed on.
+        size: bytes of the results of all batches, for where they wait; see ``States``.
+        count: of batches.
+    """
+
+    def __init__(self, device: torch.device, size: int, count: int) -> None:
+        self._states, self._count = States(device, size), count
+        self._module: nn.Module | None = None
+        self._next, self._full = 0, False
+        self._coming: Iterator[torch.Tensor] | None = None
+
+    def attach(self, module: nn.Module) -> None:
+        """Stand before a module of which the results on all batches will not change from now on."""
+        plain, self._module = module.forward, module
+        self._next, self._full = 0, False
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._coming is not None:
+                return next(self._coming), None
+            made = plain(*args, **kwargs)
+            if isinstance(made, tuple) and len(made) == 2 and made[1] is None:
+                self._keep(made[0])
+            return made
+
+        module.__dict__["forward"] = forward
+
+    def detach(self) -> None:
+        """Give the module its own forward back."""
+        if self._module is not None:
+            del self._module.__dict__["forward"]
+        self._module = self._coming = None
+
+    def rewind(self) -> None:
+        """A pass over all batches begins."""
+        self._full = self._full or (self._module is not None and self._next == self._count)
+        self._coming = iter(self._states) if self._full and self._module is not None else None
+        self._next = 0
+
+    def _keep(self, value: torch.Tensor) -> None:
+        if self._next < len(self._states):
+            self._states[self._next] = value
+        else:
+            self._states.append(value)
+        self._next += 1
 
 
 class Ahead:
