@@ -211,11 +211,13 @@ class _Collect:
                 module.weight.data *= 0.5
 
 
-def collected(source: Path, made: Calibration, limit: int, monkeypatch: pytest.MonkeyPatch) -> _Collect:
+def collected(
+    source: Path, made: Calibration, limit: int, monkeypatch: pytest.MonkeyPatch, paired: int = 1000
+) -> _Collect:
     monkeypatch.setattr(Calibration, "batches", lambda self, _: _batches(self, limit))
     found = _Collect()
     with LazyTensors(source) as tensors:
-        stream = layers.LayerStream(source, tensors, made, "cpu", paired=True)
+        stream = layers.LayerStream(source, tensors, made, "cpu", paired)
         for number in range(len(stream)):
             with stream.layer(number) as layer:
                 stream.sweep(number, layer, found)
@@ -253,6 +255,17 @@ def test_one_batch_and_many_see_the_same_inputs(
         assert torch.allclose(one.drift[name], many.drift[name], atol=1e-3 * float(wanted.max()))
     assert float(one.drift["model.layers.0.self_attn.q_proj"].abs().max()) == 0
     assert float(one.drift["model.layers.0.mlp.up_proj"].abs().max()) > 0
+
+
+def test_the_unchanged_model_runs_on_as_many_tokens_as_asked(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (5, 6, 7, 8, 9, 10), (11, 12, 13, 14, 15, 16), (20, 21, 22, 23, 24, 25)
+    part = collected(llama, Calibration(rows), 6, monkeypatch, paired=7)
+    alone = collected(llama, Calibration(rows[:2]), 6, monkeypatch)
+    for name, wanted in alone.drift.items():
+        assert torch.allclose(part.drift[name], wanted, atol=1e-4 * float(wanted.abs().max()))
+        assert not torch.equal(part.moments[name], alone.moments[name])
 
 
 def test_an_input_of_nothing_falls_back_and_says_so(phi3: Path, tmp_path: Path) -> None:

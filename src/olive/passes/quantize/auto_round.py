@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from typing import TYPE_CHECKING, Literal
 
@@ -69,9 +70,9 @@ class AutoRound(Calibrated["AutoRound.Params"]):
             "search finds with the inputs' energy.",
         )
 
-    def paired(self, params: Params) -> bool:
-        """The aim is what the unchanged model puts out."""
-        return True
+    def paired(self, params: Params) -> int:
+        """The aim is what the unchanged model puts out, for every token."""
+        return sys.maxsize
 
     def solve(
         self, name: str, weight: torch.Tensor, layer: Layer, group: Group, params: Params, work: Work
@@ -103,6 +104,7 @@ class AutoRound(Calibrated["AutoRound.Params"]):
         """Learn the roundings of all linear layers together."""
         from torch import nn
 
+        from olive.passes.quantize.layers import leave
         from olive.passes.quantize.learning import learn
         from olive.quantization.rounding import LearnedRounding
 
@@ -149,6 +151,7 @@ class AutoRound(Calibrated["AutoRound.Params"]):
             rows.append(row | {"loss_before": before, "loss_after": after})
             began = time.perf_counter()
         stream.advance(number, layer, original)
+        leave(original)
         return rows
 
     def _starts(

@@ -106,9 +106,9 @@ class Calibrated(Quantiser[P]):
         """How many tokens' worth of forward passes it takes in all, moments counted as one."""
         return 3.0 * tokens
 
-    def paired(self, params: P) -> bool:
-        """Whether the unchanged model runs beside."""
-        return False
+    def paired(self, params: P) -> int:
+        """On how many tokens the unchanged model runs beside, at most."""
+        return 0
 
     def layers(
         self,

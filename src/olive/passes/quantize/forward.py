@@ -28,6 +28,7 @@ class Group:
         moments: of their input, as the layers before it make it now.
         drift: sum of (input of the unchanged model - input now) x (input now)^T, float32 (width, width); None
             where the unchanged model does not run beside.
+        drift_tokens: how many were added to it.
         solved: what a method keeps for the layers of the group that come after the first.
         closed: no other layer will turn out to read the same input.
         waiting: how many of its layers are not quantised yet; 0 where that is not known.
@@ -39,12 +40,14 @@ class Group:
         self.closed, self.waiting = False, 0
         self.moments = Moments(width, device)
         self.drift = torch.zeros(width, width, device=device) if paired else None
+        self.drift_tokens = 0
 
     def add(self, now: torch.Tensor, before: torch.Tensor | None) -> None:
         """Add inputs (tokens, width)."""
         self.moments.add(now)
         if self.drift is not None and before is not None:
             add_product(self.drift, before - now, now)
+            self.drift_tokens += len(now)
 
 
 Quantise = Callable[[Group, Mapping[str, nn.Linear]], None]

@@ -43,15 +43,18 @@ class Gptq(Calibrated["Gptq.Params"]):
             description="How much a layer makes up for what the layers before it went astray; 0 leaves the "
             "unchanged model out, which halves the time.",
         )
+        drift_tokens: int = Field(
+            65536, ge=1, description="Tokens that this is measured on: more take longer and change little."
+        )
         drift_damp: float = Field(
             0.3,
             gt=0,
             description="As damp_percent, for that correction: larger is more careful with few tokens.",
         )
 
-    def paired(self, params: Params) -> bool:
+    def paired(self, params: Params) -> int:
         """The drift is a difference from the unchanged model."""
-        return params.drift > 0
+        return params.drift_tokens if params.drift > 0 else 0
 
     def solve(
         self, name: str, weight: torch.Tensor, layer: Layer, group: Group, params: Params, work: Work
@@ -107,7 +110,8 @@ class _Solver:
 
         if group.drift is None or not _finite(group.drift):
             return weight
-        sums, share = group.moments.sums, self.params.drift
+        sums = group.moments.sums
+        share = self.params.drift * group.moments.tokens / group.drift_tokens
         if self._shift is None and group.waiting == 1 and weight.shape[0] <= weight.shape[1]:
             product, group.drift = weight @ group.drift, None
             return weight + share * ridge(product, ridge_factor(sums, self.params.drift_damp))

@@ -71,13 +71,13 @@ class LayerStream:
         tensors: its weights.
         calibration: the rows.
         device: where to compute.
-        paired: run the unchanged model beside.
+        paired: run the unchanged model beside on the first batches, as far as they hold so many tokens.
     """
 
     def __init__(
-        self, folder: Path, tensors: LazyTensors, calibration: Calibration, device: str, paired: bool
+        self, folder: Path, tensors: LazyTensors, calibration: Calibration, device: str, paired: int
     ) -> None:
-        self.device, self.paired = torch.device(device), paired
+        self.device, self.paired = torch.device(device), paired > 0
         self.tensors = Ahead(tensors, self.device)
         # a GPU runs the model as it would otherwise run; what is added up and solved is float32 all the same
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -92,16 +92,23 @@ class LayerStream:
         self.real: list[torch.Tensor | None] = []  # the same; None where all are
         self.given: list[list[Given]] = []
         self.width = int(self.model.get_input_embeddings().weight.shape[1])
-        self.now = States(self.device, (1 + paired) * calibration.tokens * self.width * self.dtype.itemsize)
+        size = calibration.tokens * self.width * self.dtype.itemsize
+        self.now = States(self.device, (1 + self.paired) * size)
         self._embed(calibration)
-        self.before = self.now.copy() if paired else States(self.device, 0)
-        self.replays = [
-            Replay(self.device, calibration.tokens * self.width * self.dtype.itemsize, len(self.given))
-            for _ in range(1 + paired)
-        ]
+        beside = self._batches(paired)
+        self.before = self.now.copy(beside)
+        self.replays = [Replay(self.device, size, count) for count in (len(self.given), beside) if count]
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def _batches(self, tokens: int) -> int:
+        """How many batches it takes to hold so many tokens."""
+        held, count = 0, 0
+        while held < tokens and count < len(self.masks):
+            held += int(self.masks[count].sum())
+            count += 1
+        return count
 
     @torch.no_grad()
     def _embed(self, calibration: Calibration) -> None:
@@ -183,7 +190,7 @@ class LayerStream:
                     shelf.load(name)
                 )
         self.advance(number, layer, original)
-        _leave(original)
+        leave(original)
 
     def _twin(self, layer: nn.Module) -> nn.Module | None:
         """The layer as it is now, to run beside."""
@@ -215,7 +222,7 @@ class LayerStream:
         todo = _linears(layer, prefix)
         if len(self.given) == 1:
             self._sweep_once(number, layer, original, todo, quantise)
-            _leave(original)
+            leave(original)
             return
         twins = {} if original is None else _linears(original, prefix)
         attention = None
@@ -224,7 +231,7 @@ class LayerStream:
             quantise(group, {name: todo.pop(name) for name in group.names})
             del group, found
             if ended:
-                _leave(original)
+                leave(original)
                 original = None
             if attention is None and (attention := _done_attention(layer, prefix, todo)) is not None:
                 for replay, runner in zip(self.replays, (layer, original), strict=False):
@@ -233,7 +240,7 @@ class LayerStream:
         self.advance(number, layer, original)
         for replay in self.replays:
             replay.detach()
-        _leave(original)
+        leave(original)
 
     def _sweep_once(
         self,
@@ -280,7 +287,7 @@ class LayerStream:
             if value is None:
                 return None
             before = None
-            if original is not None:
+            if original is not None and place < len(self.before):
                 ended = len(names) == len(todo)
                 first, states = {names[0]: twins[names[0]]}, next(others)
                 if ended:
@@ -302,7 +309,7 @@ def _linears(layer: nn.Module, prefix: str) -> dict[str, nn.Linear]:
     }
 
 
-def _leave(layer: nn.Module | None) -> None:
+def leave(layer: nn.Module | None) -> None:
     """Let go of a layer's weights; functions put into its modules would else hold them until a collection."""
     if layer is not None:
         layer.to("meta")

@@ -84,13 +84,14 @@ class States:
             arrived.record()
         return value, arrived
 
-    def copy(self) -> States:
-        """The same states, to be replaced on their own."""
+    def copy(self, count: int | None = None) -> States:
+        """The same states, or the first ``count``, to be replaced on their own."""
         other = States.__new__(States)
         other._away, other._device, other._in, other._out = self._away, self._device, self._in, self._out
         if self._out is not None:
             self._out.synchronize()
-        other._kept = [kept.clone().pin_memory() for kept in self._kept] if self._away else list(self._kept)
+        kept = self._kept[:count]
+        other._kept = [one.clone().pin_memory() for one in kept] if self._away else list(kept)
         return other
 
 
