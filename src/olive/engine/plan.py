@@ -257,6 +257,8 @@ def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) 
                 + (
                     ", or put LoRA before it."
                     if Kind.ADAPTER in technique.accepts
+                    else ", or put ModelBuilder before it."
+                    if Kind.ONNX in technique.accepts
                     else ", or put MergeAdapterWeights before it."
                 ),
             )
