@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import tiny
 from adapter_kit import context
-from olive.config.workflow import BundleGate, ParityGate
+from olive.config.gates import BundleGate, ParityGate
 from olive.engine.gates import bundle, parity
 from olive.errors import PassFailed, UntrustedInput
 from olive.models.artifact import Artifact, Kind
@@ -86,23 +86,37 @@ def expanded(found: Graph, name: str, bits: int, block: int, columns: int) -> np
     """The (outputs, inputs) float64 matrix that the parts of a weight stand for."""
     packed = codes(found.array(f"{name}_Q{bits}"), bits)
     packed = packed.reshape(len(packed), -1).astype(np.float64)
-    scales = found.array(f"{name}_Q{bits}_scales").astype(np.float64).repeat(block, 1)[:, : packed.shape[1]]
+    scales = found.array(f"{name}_scales").astype(np.float64).repeat(block, 1)[:, : packed.shape[1]]
     zeros: Any = float(2 ** (bits - 1))
-    if f"{name}_Q{bits}_zero_points" in found.weights:
-        zeros = codes(found.array(f"{name}_Q{bits}_zero_points"), bits).astype(np.float64)
+    if f"{name}_zero_points" in found.weights:
+        zeros = codes(found.array(f"{name}_zero_points"), bits).astype(np.float64)
         zeros = zeros.repeat(block, 1)[:, : packed.shape[1]]
     return ((packed - zeros) * scales)[:, :columns]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "block"), [(4, 32), (8, 16), (4, 128)])
-def test_rtn_has_the_bits_of_onnxruntime(tmp_path: Path, bits: int, block: int, symmetric: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "block", "inputs", "dtype"),
+    [
+        (4, 32, 128, np.float32),
+        (4, 32, 300, np.float16),
+        (4, 128, 128, np.float32),
+        (4, 128, 300, np.float32),
+        (8, 16, 128, np.float32),
+        (8, 64, 100, np.float16),
+        (2, 32, 128, np.float16),
+        (2, 64, 100, np.float32),
+    ],
+)
+def test_rtn_has_the_bits_of_onnxruntime(
+    tmp_path: Path, bits: int, block: int, inputs: int, dtype: Any, symmetric: bool
+) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import (
         DefaultWeightOnlyQuantConfig,
         MatMulNBitsQuantizer,
     )
 
-    source = graph(tmp_path / "source", inputs=128)
+    source = graph(tmp_path / "source", inputs=inputs, dtype=dtype)
     ctx = run(PASSES[0], source, tmp_path / "ours", bits=bits, block_size=block, is_symmetric=symmetric)
     found = Graph(ctx.out / "model.onnx")
     theirs = MatMulNBitsQuantizer(
@@ -113,12 +127,9 @@ def test_rtn_has_the_bits_of_onnxruntime(tmp_path: Path, bits: int, block: int, 
     )
     theirs.process()
     wanted = {one.name: numpy_helper.to_array(one) for one in theirs.model.graph().initializer}
-    for part in ("", "_scales", *(() if symmetric else ("_zero_points",))):
-        their_name = f"shared_Q{bits}" if not part else f"shared{part}"
-        np.testing.assert_array_equal(
-            found.array(f"shared_Q{bits}{part}"),
-            wanted[their_name].reshape(found.array(f"shared_Q{bits}{part}").shape),
-        )
+    for name in (f"shared_Q{bits}", "shared_scales", *(() if symmetric else ("shared_zero_points",))):
+        assert found.shape(name) == wanted[name].shape
+        np.testing.assert_array_equal(found.array(name).reshape(wanted[name].shape), wanted[name])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -80,7 +80,7 @@ class Graph:
 
     def __init__(self, path: Path) -> None:
         import onnx
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
         self.path = path
         try:
@@ -92,6 +92,7 @@ class Graph:
         self._lift_constants()
         self._load_inner()
         self.weights: dict[str, TensorProto] = {one.name: one for one in self.graph.initializer}
+        self._as_read = dict(self.weights)
         self.files: frozenset[Path] = frozenset(
             {path, *(self._place(one)[0] for one in self.weights.values() if self._is_outside(one))}
         )
@@ -121,11 +122,15 @@ class Graph:
         source = self._sources.get(name)
         if source is not None:
             return source.make()[source.names.index(name)].data
+        return self.read(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """A weight as it was read, whatever was put in its place or dropped since; as ``array``."""
         from onnx import numpy_helper
         from onnx.helper import tensor_dtype_to_np_dtype
 
-        tensor = self.weights[name]
-        if not self._is_outside(tensor):
+        tensor = self._as_read[name]
+        if not tensor.data_location:
             if shares_bytes(tensor.data_type):
                 return from_buffer(tensor.raw_data or bytes(one & 255 for one in tensor.int32_data), "uint8")
             return numpy_helper.to_array(tensor)
@@ -138,14 +143,15 @@ class Graph:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a weight of the model as it was read."""
-        return tuple(self.weights[name].dims)
+        return tuple(self._as_read[name].dims)
 
     def put(self, names: tuple[str, ...], make: Callable[[], tuple[Stored, ...]]) -> None:
         """Add weights, or put others in the place of those of these names.
 
         Args:
             names: of the initializers.
-            make: gives them, in this order; called once when the model is written.
+            make: gives them, in this order; called once when the model is written. What it makes them of it
+                takes from ``read``.
         """
         from onnx import TensorProto
 
@@ -181,6 +187,7 @@ class Graph:
             ) from error
         self._lift_constants()
         self.weights = {one.name: one for one in self.graph.initializer}
+        self._as_read = dict(self.weights)
 
     def drop_unused(self) -> None:
         """Forget weights that nothing reads; where older models list them among the inputs, there too."""

@@ -18,7 +18,6 @@ class OnnxBlockWiseRtnQuantization(WeightOnly["OnnxBlockWiseRtnQuantization.Para
     """Products and embeddings of an ONNX model to integers, each weight to the nearest value of its block."""
 
     embeddings = True
-    fitted = False
 
     class Params(WeightOnlyParams):
         """Settings of every pass that makes MatMulNBits; defaults of Olive 0.13."""

@@ -68,7 +68,7 @@ def write_tensor(file: Any, tensor: TensorProto, data: np.ndarray) -> None:
     step = _ALLOCATION if data.nbytes >= 1 << 20 else _PAGE
     offset = -(-file.tell() // step) * step
     file.seek(offset)
-    file.write(memoryview(data.reshape(-1).view(np.uint8)))
+    file.write(data.reshape(-1).view(np.uint8).data)
     tensor.data_location = 1
     for key, value in (("location", Path(file.name).name), ("offset", offset), ("length", data.nbytes)):
         tensor.external_data.add(key=key, value=str(value))

@@ -91,7 +91,7 @@ class WeightPass(GraphPass[P]):
     hardware = ("device", "execution_provider")
 
     def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
-        """A part of a weight in floating point and the integers of the largest; what is written is smaller."""
+        """A part of a weight in floating point, and the largest weight's integers."""
         folder = model.path if model.path.is_dir() else model.path.parent
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         return Cost(memory=(700 << 20) + size // 8, disk=size, seconds=2.0 + size * 2e-8)
@@ -171,11 +171,9 @@ class WeightOnly(WeightPass[W]):
 
     Attributes:
         embeddings: whether look-ups are taken.
-        fitted: whether codes are chosen again for scales that a 16-bit graph rounds.
     """
 
     embeddings: ClassVar[bool] = False
-    fitted: ClassVar[bool] = True
 
     @abstractmethod
     def settings(self, params: W, label: str | None = None) -> Settings:
@@ -265,15 +263,17 @@ class WeightOnly(WeightPass[W]):
         error = Error()
         for part, weight in weight_parts(graph, one, device, settings.block):
             whole = self.quantise(weight, grid, params)
-            stored = whole.scales.to(dtype).float()
-            codes = whole.codes
-            if self.fitted and dtype != torch.float32:
+            stored, codes = whole.scales.to(dtype).float(), whole.codes
+            if dtype != torch.float32:
                 codes = encode(weight, grid, stored, whole.zeros)
             error.add(weight, Quantised(grid, codes, stored, whole.zeros).dequantise())
+            codes[:, one.columns :] = 0
             packed[part] = pack(codes[:, :kept], settings.bits).cpu()
             scales[part] = stored.to(dtype).cpu()
             if zeros is not None and whole.zeros is not None:
-                zeros[part] = pack(whole.zeros, settings.bits).cpu()
+                odd = (0, zeros.shape[1] * 8 // settings.bits - blocks)
+                points = torch.nn.functional.pad(whole.zeros, odd, value=grid.middle)
+                zeros[part] = pack(points, settings.bits).cpu()
         rows[one.label] = {
             "name": one.label,
             "bits": settings.bits,
@@ -281,7 +281,7 @@ class WeightOnly(WeightPass[W]):
             "weight_error": error.share,
             "seconds": round(time.perf_counter() - began, 4),
         }
-        shape = (one.rows, packed.shape[1])
+        shape: tuple[int, ...] = (one.rows, packed.shape[1])
         if one.kind != "Gather":
             shape = (one.rows, blocks, settings.block * settings.bits // 8)
         parts = [
@@ -320,7 +320,7 @@ def weight_parts(graph: Graph, one: Product, device: str, block: int) -> Iterato
     import numpy as np
     import torch
 
-    array = graph.array(one.weight)
+    array = graph.read(one.weight)
     step = max(256, _PART // one.columns // 256 * 256)
     short = -one.columns % block
     for first in range(0, one.rows, step):
