@@ -164,7 +164,7 @@ def test_a_weight_that_is_shared_is_written_once_and_reported_once(tmp_path: Pat
     assert all(0 < row["weight_error"] < 0.02 for row in ctx.facts["layers"])
     assert set(found.weights) == {
         "table",
-        *(f"{w}_Q4{part}" for w in ("shared", "own") for part in ("", "_scales", "_zero_points")),
+        *(f"{w}{part}" for w in ("shared", "own") for part in ("_Q4", "_scales", "_zero_points")),
     }
     assert {path.name for path in ctx.out.iterdir()} == {"model.onnx", "model.onnx.data", "note.txt"}
 

@@ -36,6 +36,8 @@ _TABLE: dict[str, str] = {
     "OnnxBlockWiseRtnQuantization": "olive.passes.onnx.rtn:OnnxBlockWiseRtnQuantization",
     "OnnxKQuantQuantization": "olive.passes.onnx.k_quant:OnnxKQuantQuantization",
     "OnnxHqqQuantization": "olive.passes.onnx.hqq:OnnxHqqQuantization",
+    "OnnxBnb4Quantization": "olive.passes.onnx.bnb4:OnnxBnb4Quantization",
+    "MatMulNBitsToQDQ": "olive.passes.onnx.qdq:MatMulNBitsToQDQ",
 }
 
 

@@ -145,6 +145,10 @@ class Graph:
         """Of a weight of the model as it was read."""
         return tuple(self._as_read[name].dims)
 
+    def data_type(self, name: str) -> int:
+        """``TensorProto.DataType`` of a weight of the model as it was read."""
+        return int(self._as_read[name].data_type)
+
     def put(self, names: tuple[str, ...], make: Callable[[], tuple[Stored, ...]]) -> None:
         """Add weights, or put others in the place of those of these names.
 

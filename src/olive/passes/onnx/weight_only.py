@@ -39,7 +39,7 @@ Bits = Literal[2, 4, 8]
 Block = Literal[16, 32, 64, 128, 256]
 DOMAIN = "com.microsoft"
 _PART = 1 << 24  # weights in floating point at a time
-_UINT8 = 2
+UINT8 = 2
 
 
 class NodeParams(PassParams):
@@ -118,17 +118,10 @@ class WeightPass(GraphPass[P]):
             )
         rows: dict[str, dict[str, Any]] = {}
         nodes = self.quantise_products(graph, found.products, params, ctx, rows)
-        graph.replace({place: made for place, made in nodes.items() if made})
+        graph.replace(nodes)
         graph.need_opset(DOMAIN, 1)
-        graph.drop_unused()
-        ctx.progress.start("quantise", len(graph.weights))
-        done = iter(range(1, len(graph.weights) + 1))
-        path = graph.save(ctx.out, done=lambda _: ctx.progress.update(next(done)))
-        ctx.progress.finish()
-        graph.copy_rest(ctx.out)
-        self._report(found, list(rows.values()), ctx, began)
-        size = path.stat().st_size + sum(one.stat().st_size for one in ctx.out.glob(f"{path.name}.data"))
-        ctx.facts["bytes"] = size
+        size = self.write(graph, ctx, "quantise")
+        self._report(found, list(rows.values()), ctx, size, time.perf_counter() - began)
 
     @abstractmethod
     def find(self, graph: Graph, params: P, provider: str) -> Found:
@@ -149,14 +142,17 @@ class WeightPass(GraphPass[P]):
             Position of a node -> the nodes that stand there then.
         """
 
-    def _report(self, found: Found, rows: list[dict[str, Any]], ctx: PassContext, began: float) -> None:
+    def _report(
+        self, found: Found, rows: list[dict[str, Any]], ctx: PassContext, size: int, seconds: float
+    ) -> None:
         ctx.attributes["precision"] = f"int{min(row['bits'] for row in rows)}"
         ctx.facts |= {
             "method": type(self).__name__,
             "layers": rows,
             "products": len(found.products),
             "left": [{"name": label, "reason": reason} for label, reason in found.left.items()],
-            "seconds": round(time.perf_counter() - began, 3),
+            "bytes": size,
+            "seconds": round(seconds, 3),
         }
         ctx.series["quantisation"] = [
             {"step": float(number), "weight_error": row["weight_error"]} for number, row in enumerate(rows)
@@ -252,7 +248,7 @@ class WeightOnly(WeightPass[W]):
         from olive.quantization.packing import pack
 
         began = time.perf_counter()
-        grid, dtype = settings.grid, (torch.float32, torch.float16, torch.bfloat16)[_place(one)]
+        grid, dtype = settings.grid, dtype_of(one)
         blocks = -(-one.columns // settings.block)
         kept = one.columns if one.kind == "Gather" else blocks * settings.block
         packed = torch.empty(one.rows, kept * settings.bits // 8, dtype=torch.uint8)
@@ -285,11 +281,11 @@ class WeightOnly(WeightPass[W]):
         if one.kind != "Gather":
             shape = (one.rows, blocks, settings.block * settings.bits // 8)
         parts = [
-            Stored(packed.numpy(), _UINT8, shape),
+            Stored(packed.numpy(), UINT8, shape),
             Stored(raw(scales), one.data_type, (one.rows, blocks)),
         ]
         if zeros is not None:
-            parts.append(Stored(zeros.numpy(), _UINT8, tuple(zeros.shape)))
+            parts.append(Stored(zeros.numpy(), UINT8, tuple(zeros.shape)))
         return tuple(parts)
 
 
@@ -311,7 +307,9 @@ class Error:
         return self.lost / self.own if self.own else 0.0
 
 
-def weight_parts(graph: Graph, one: Product, device: str, block: int) -> Iterator[tuple[slice, torch.Tensor]]:
+def weight_parts(
+    graph: Graph, one: Product, device: str, block: int = 1
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """Some rows of a weight at a time, float32 (rows, columns), filled up with zeros to whole blocks.
 
     Raises:
@@ -343,8 +341,11 @@ def raw(values: torch.Tensor) -> Any:
     return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
-def _place(one: Product) -> int:
-    return (1, 10, 16).index(one.data_type)
+def dtype_of(one: Product) -> torch.dtype:
+    """Of the weight as it is stored."""
+    import torch
+
+    return {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}[one.data_type]
 
 
 def _names(graph: Graph, weight: str, settings: Settings) -> tuple[str, ...]:
@@ -376,24 +377,21 @@ def _nodes(
                 bits=settings.bits,
             )
         ]
-    level = {"accuracy_level": accuracy_level} if accuracy_level else {}
-    inputs, kind = [node.input[0], *names], "MatMulNBits"
-    bias = node.input[2] if one.kind == "Gemm" and len(node.input) > 2 else ""
+    settings_of = {"K": one.columns, "N": one.rows, "bits": settings.bits, "block_size": settings.block}
+    if accuracy_level:
+        settings_of["accuracy_level"] = accuracy_level
+    return product_nodes(node, "MatMulNBits", names, name, settings_of)
+
+
+def product_nodes(
+    node: NodeProto, kind: str, weights: Iterable[str], name: str, settings: Mapping[str, int]
+) -> list[NodeProto]:
+    """An operator of ONNX Runtime in the place of a MatMul or Gemm; a bias is added behind it."""
+    from onnx.helper import make_node
+
+    bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
     output = f"{node.output[0]}_product" if bias else node.output[0]
-    made = [
-        make_node(
-            kind,
-            inputs,
-            [output],
-            name,
-            domain=DOMAIN,
-            K=one.columns,
-            N=one.rows,
-            bits=settings.bits,
-            block_size=settings.block,
-            **level,
-        )
-    ]
+    made = [make_node(kind, [node.input[0], *weights], [output], name, domain=DOMAIN, **settings)]
     if bias:
         made.append(make_node("Add", [output, bias], list(node.output), f"{name}_Add" if name else ""))
     return made

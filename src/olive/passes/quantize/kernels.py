@@ -19,8 +19,8 @@ VERIFIED: dict[str, dict[int, tuple[int, ...]]] = {
 }
 # provider -> bits of GatherBlockQuantized on bytes, held by tests/passes/test_onnx_weight_only.py
 EMBEDDINGS: dict[str, tuple[int, ...]] = {"CPUExecutionProvider": (2, 4, 8)}
-# provider -> types of the inputs of MatMulBnb4, held by tests/passes/test_onnx_bnb4.py
-BNB4: dict[str, tuple[str, ...]] = {"CPUExecutionProvider": ("float32",)}
+# providers whose MatMulBnb4 was held against float64 in every block, by tests/passes/test_onnx_weight_only.py
+BNB4 = ("CPUExecutionProvider",)
 
 
 def blocks_of(provider: str, bits: int) -> tuple[int, ...] | None:
