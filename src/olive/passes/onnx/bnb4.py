@@ -23,17 +23,8 @@ from olive.models.artifact import ModelInfo
 from olive.passes.base import PassContext
 from olive.passes.onnx.graphs import Graph, Stored
 from olive.passes.onnx.products import Found, Product, find, fresh
-from olive.passes.onnx.weight_only import (
-    UINT8,
-    Block,
-    Error,
-    NodeParams,
-    WeightPass,
-    dtype_of,
-    product_nodes,
-    raw,
-    weight_parts,
-)
+from olive.passes.onnx.weight_only import Block, NodeParams, WeightPass
+from olive.passes.onnx.weights import UINT8, Error, dtype_of, product_nodes, raw, weight_parts
 from olive.passes.quantize import kernels
 
 if TYPE_CHECKING:
@@ -57,7 +48,7 @@ class OnnxBnb4Quantization(WeightPass["OnnxBnb4Quantization.Params"]):
         block_size: Block = Field(64, description="Weights that share a scale.")
         quantized_modules: tuple[str, ...] = Field(
             (),
-            description="Modules to quantise, such as q_proj: nodes called `.../q_proj/MatMul`. All if empty.",
+            description="Modules to quantise, such as q_proj of `.../q_proj/MatMul`; all where empty.",
         )
 
     def check(
@@ -119,7 +110,7 @@ class OnnxBnb4Quantization(WeightPass["OnnxBnb4Quantization.Params"]):
 
 
 def quantise(weight: torch.Tensor, scheme: Scheme) -> Quantised:
-    """``blockwise.quantise`` with the codes of the operator's own quantiser, which has a minus zero in FP4."""
+    """``blockwise.quantise`` with the codes of ONNX Runtime's quantiser, which has a minus zero in FP4."""
     import torch
 
     from olive.quantization import blockwise

@@ -15,13 +15,13 @@ from olive.passes.onnx.graph_pass import GraphPass
 from olive.passes.onnx.graphs import Graph, Stored, graph_file
 from olive.passes.onnx.products import attributes, check_names, fresh, label_of
 from olive.passes.onnx.weight_only import NodeParams
+from olive.passes.onnx.weights import UINT8
 
 if TYPE_CHECKING:
     from onnx import NodeProto
 
 _OPSET, _IR = 21, 10  # DequantizeLinear in blocks, and integers of 4 bits
 _TYPES = {(4, False): 21, (4, True): 22, (8, False): 2, (8, True): 3}  # UINT4, INT4, UINT8, INT8
-_UINT8 = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def _reason(graph: Graph, node: NodeProto) -> str | None:
     if any(name and name not in graph.weights for name in list(node.input)[1:4]):
         return "its weight is no initializer"
     zeros = _input(node, 3)
-    if zeros and graph.weights[zeros].data_type != _UINT8:
+    if zeros and graph.weights[zeros].data_type != UINT8:
         return "its zero points are real numbers"
     order = _input(node, 4)
     if order:
@@ -239,11 +239,12 @@ def _integers(graph: Graph, weight: _Weight, across: bool) -> tuple[Stored, ...]
 
 
 def _scales(graph: Graph, weight: _Weight, across: bool) -> tuple[Stored, ...]:
-    array = graph.read(weight.scales).reshape(weight.rows, -1)
+    array = graph.read(weight.scales)
     if weight.blocks == 1:
-        array = array.reshape(-1)
-    elif not across:
-        array = array.T
+        array = array.reshape(weight.rows)
+    else:
+        array = array.reshape(weight.rows, -1)
+        array = array if across else array.T
     return (Stored(array, graph.data_type(weight.scales), array.shape),)
 
 
