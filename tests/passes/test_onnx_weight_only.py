@@ -225,7 +225,7 @@ def test_the_runtime_looks_up_what_the_integers_stand_for(
 
 
 def test_an_embedding_has_the_scales_of_onnxruntime_and_its_integers_but_for_ties(tmp_path: Path) -> None:
-    """It divides where products multiply by the inverse, and rounds halves to even: a step in some thousand."""
+    """Theirs divides where its products multiply by the inverse, and rounds halves to even."""
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantizer as Theirs
 
     source = graph(tmp_path / "source", inputs=128)
