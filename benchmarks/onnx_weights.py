@@ -93,7 +93,7 @@ def error(source: Path, made: Path) -> tuple[float, int, int]:
     import torch
 
     from olive.passes.onnx.graphs import Graph
-    from olive.passes.onnx.products import attributes
+    from olive.passes.onnx.nodes import attributes
     from olive.quantization.packing import unpack
 
     before, after = Graph(source / "model.onnx"), Graph(made / "model.onnx")

@@ -224,6 +224,35 @@ def test_the_runtime_looks_up_what_the_integers_stand_for(
     np.testing.assert_allclose(outputs_of(ctx.out, [7, 0, 49])["x"], want, atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [96, 80])
+def test_a_table_that_is_also_the_head_is_quantised_once(tmp_path: Path, width: int) -> None:
+    """As ModelBuilder writes tied weights: turned by a Transpose for the look-up."""
+    head = np.random.default_rng(9).normal(size=(width, 50)).astype(np.float32)
+    source = save(
+        tmp_path / "source",
+        [
+            helper.make_node("Transpose", ["head"], ["table"], "turn", perm=[1, 0]),
+            helper.make_node("Gather", ["table", "ids"], ["x"], "embed"),
+            helper.make_node("MatMul", ["x", "head"], ["y"], "lm_head"),
+            helper.make_node("Transpose", ["table"], ["again"], "back", perm=[0, 1]),
+            helper.make_node("MatMul", ["again", "head"], ["z"], "other"),
+        ],
+        [("ids", TensorProto.INT64, ["n"])],
+        [("x", TensorProto.FLOAT, None), ("y", TensorProto.FLOAT, None)],
+        {"head": head},
+    )
+    found = Graph(run(PASSES[0], source, tmp_path / "ours", block_size=32).out / "model.onnx")
+    kinds = [node.op_type for node in found.model.graph.node]
+    once = width % 32 == 0
+    assert kinds == [*(["Reshape"] if once else []), "GatherBlockQuantized", "MatMulNBits"]
+    integers = {name for name in found.weights if "_Q4" in name and not name.endswith(("shape", "scales"))}
+    assert len(integers) == (1 if once else 2)
+    got = outputs_of(tmp_path / "ours" / "out", [7, 0, 49])
+    whole = expanded(found, "head", 4, 32, width)
+    np.testing.assert_allclose(got["x"], whole[[7, 0, 49]], atol=1e-6)
+    np.testing.assert_allclose(got["y"], got["x"].astype(np.float64) @ whole.T, atol=1e-4)
+
+
 def test_an_embedding_has_the_scales_of_onnxruntime_and_its_integers_but_for_ties(tmp_path: Path) -> None:
     """Theirs divides where its products multiply by the inverse, and rounds halves to even."""
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantizer as Theirs

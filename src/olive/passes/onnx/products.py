@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from olive.config.suggest import did_you_mean
 from olive.errors import PassFailed
+from olive.passes.onnx.nodes import STANDARD, attributes, label_of
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -37,7 +38,6 @@ _BETWEEN = frozenset(
     }
 )
 _FLOATS = (1, 10, 16)  # FLOAT, FLOAT16, BFLOAT16
-STANDARD = ("", "ai.onnx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Product:
         place: position of the node in the graph.
         label: its name; of a node without one, that of its output.
         kind: ``MatMul``, ``Gemm`` or ``Gather``.
-        weight: name of the initializer.
+        weight: name of the initializer, which a Transpose may turn.
         stored: whether the weight is stored as (outputs, inputs), as integers are.
         rows, columns: outputs and inputs; of a table its rows and their width.
         data_type: ``TensorProto.DataType`` of the weight.
@@ -72,18 +72,6 @@ class Found:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def attributes(node: NodeProto) -> dict[str, Any]:
-    """Attributes of a node by name."""
-    from onnx.helper import get_attribute_value
-
-    return {one.name: get_attribute_value(one) for one in node.attribute}
-
-
-def label_of(node: NodeProto) -> str:
-    """The name of a node; where it has none, of its first output."""
-    return str(node.name or node.output[0])
-
-
 def find(
     graph: Graph, kinds: Sequence[str], exclude: Iterable[str] = (), include: Iterable[str] = ()
 ) -> Found:
@@ -100,10 +88,11 @@ def find(
     """
     excluded, included = frozenset(exclude), frozenset(include)
     check_names(graph, {"nodes_to_exclude": excluded, "nodes_to_include": included})
+    makers = {output: node for node in graph.graph.node for output in node.output}
     routers = _routers(graph)
     found = Found()
     for place, node in enumerate(graph.graph.node):
-        product = _product(graph, place, node, kinds)
+        product = _product(graph, place, node, kinds, makers)
         if product is None or (included and node.name not in included):
             continue
         if node.name in excluded:
@@ -159,10 +148,18 @@ def _near(known: str, name: str) -> bool:
     return abs(len(known) - len(name)) < 4 and len(set(known) ^ set(name)) < 6
 
 
-def _product(graph: Graph, place: int, node: NodeProto, kinds: Sequence[str]) -> Product | None:
+def _product(
+    graph: Graph, place: int, node: NodeProto, kinds: Sequence[str], makers: Mapping[str, NodeProto]
+) -> Product | None:
     if node.op_type not in kinds or node.domain not in STANDARD:
         return None
     weight = node.input[0 if node.op_type == "Gather" else 1]
+    maker = makers.get(weight)
+    turned = maker is not None and maker.op_type == "Transpose" and maker.domain in STANDARD
+    if maker is not None and turned:
+        if list(attributes(maker).get("perm", (1, 0))) != [1, 0]:
+            return None
+        weight = maker.input[0]
     tensor = graph.weights.get(weight)
     if tensor is None or len(tensor.dims) != 2 or tensor.data_type not in _FLOATS or 0 in tensor.dims:
         return None
@@ -174,6 +171,7 @@ def _product(graph: Graph, place: int, node: NodeProto, kinds: Sequence[str]) ->
         if settings.get("transA", 0) or settings.get("axis", 0):
             return None
         stored = stored or bool(settings.get("transB", 0))
+    stored ^= turned
     rows, columns = tensor.dims if stored else reversed(tensor.dims)
     return Product(
         place, label_of(node), node.op_type, weight, stored, int(rows), int(columns), tensor.data_type

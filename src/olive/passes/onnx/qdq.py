@@ -13,7 +13,8 @@ from olive.models.artifact import Artifact
 from olive.passes.base import PassContext
 from olive.passes.onnx.graph_pass import GraphPass
 from olive.passes.onnx.graphs import Graph, Stored, graph_file
-from olive.passes.onnx.products import attributes, check_names, fresh, label_of
+from olive.passes.onnx.nodes import attributes, label_of
+from olive.passes.onnx.products import check_names, fresh
 from olive.passes.onnx.weight_only import NodeParams
 from olive.passes.onnx.weights import UINT8
 

@@ -228,14 +228,26 @@ class WeightOnly(WeightPass[W]):
         device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
         names: dict[tuple[str, bool, bool, Settings], tuple[str, ...]] = {}
         made: dict[int, list[NodeProto]] = {}
-        for one in products:
+        for one in sorted(products, key=lambda one: one.kind == "Gather"):
             settings = self.settings(params, one.label)
-            key = one.weight, one.stored, one.kind == "Gather", settings
+            node, table = graph.graph.node[one.place], one.kind == "Gather"
+            # where rows are whole blocks, a look-up reads the bytes of a product
+            shared = table and one.columns % settings.block == 0
+            key = one.weight, one.stored, False, settings
+            if not (shared and key in names):
+                key, shared = (one.weight, one.stored, table, settings), False
             if key not in names:
                 names[key] = _names(graph, one.weight, settings)
                 graph.put(names[key], partial(self._parts, graph, one, settings, params, device, rows))
-            node = graph.graph.node[one.place]
-            made[one.place] = _nodes(node, one, settings, names[key], params.accuracy_level)
+            name = f"{node.name}_Q{settings.bits}" if node.name else ""
+            form = {"bits": settings.bits, "block_size": settings.block}
+            if table:
+                made[one.place] = _look_up(graph, node, one, names[key], name, form, shared=shared)
+            else:
+                if params.accuracy_level:
+                    form["accuracy_level"] = params.accuracy_level
+                form |= {"K": one.columns, "N": one.rows}
+                made[one.place] = product_nodes(node, "MatMulNBits", names[key], name, form)
         return made
 
     def _parts(
@@ -304,27 +316,26 @@ def _names(graph: Graph, weight: str, settings: Settings) -> tuple[str, ...]:
     return (first, *(fresh(taken, f"{weight}_{part}", f"{first}_{part}") for part in parts))
 
 
-def _nodes(
-    node: NodeProto, one: Product, settings: Settings, names: tuple[str, ...], accuracy_level: int
+def _look_up(
+    graph: Graph,
+    node: NodeProto,
+    one: Product,
+    names: tuple[str, ...],
+    name: str,
+    form: Mapping[str, int],
+    *,
+    shared: bool,
 ) -> list[NodeProto]:
+    """GatherBlockQuantized in the place of a Gather; of a product's weight, in the shape it wants."""
+    import numpy as np
     from onnx.helper import make_node
 
-    name = f"{node.name}_Q{settings.bits}" if node.name else ""
-    if one.kind == "Gather":
-        return [
-            make_node(
-                "GatherBlockQuantized",
-                [names[0], node.input[1], *names[1:]],
-                list(node.output),
-                name,
-                domain=DOMAIN,
-                gather_axis=0,
-                quantize_axis=1,
-                block_size=settings.block,
-                bits=settings.bits,
-            )
-        ]
-    settings_of = {"K": one.columns, "N": one.rows, "bits": settings.bits, "block_size": settings.block}
-    if accuracy_level:
-        settings_of["accuracy_level"] = accuracy_level
-    return product_nodes(node, "MatMulNBits", names, name, settings_of)
+    data, made = names[0], []
+    if shared:
+        shape, data = fresh(graph.weights, f"{names[0]}_shape"), f"{names[0]}_rows"
+        graph.put_array(shape, np.array([one.rows, one.columns * form["bits"] // 8], dtype=np.int64))
+        made.append(make_node("Reshape", [names[0], shape], [data], f"{name}_rows" if name else ""))
+    inputs = [data, node.input[1], *names[1:]]
+    axes = {"gather_axis": 0, "quantize_axis": 1}
+    kind = "GatherBlockQuantized"
+    return [*made, make_node(kind, inputs, list(node.output), name, domain=DOMAIN, **axes, **form)]

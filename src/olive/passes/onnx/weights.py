@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DOMAIN = "com.microsoft"
 UINT8 = 2  # TensorProto.DataType
-_PART = 1 << 24  # weights in floating point at a time
+_PART = 1 << 22  # weights in floating point at a time
 
 
 @dataclass(slots=True)
