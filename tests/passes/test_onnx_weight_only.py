@@ -126,6 +126,12 @@ def test_nodes_by_name(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.array("shared"), Graph(source / "model.onnx").array("shared"))
     with pytest.raises(PassFailed, match=r"no node 'frist'\n  fix: did you mean `first`"):
         run(PASSES[0], source, tmp_path / "b", nodes_to_exclude=["frist"])
+    with pytest.raises(PassFailed, match=r"no node 'thrid'\n  fix: did you mean `third`"):
+        run(PASSES[1], source, tmp_path / "d", customized_weight_config={"thrid": {"bits": 8}})
+    with pytest.raises(PassFailed, match="'embed' is no MatMul or Gemm"):
+        run(PASSES[2], source, tmp_path / "e", nodes_to_include=["embed"])
+    ctx_of_one = run(PASSES[0], source, tmp_path / "f", nodes_to_include=["embed"])
+    assert [row["name"] for row in ctx_of_one.facts["layers"]] == ["embed"]
     with pytest.raises(PassFailed, match="no product with a weight"):
         run(PASSES[1], ctx.out, tmp_path / "c", nodes_to_exclude=["first"])
 
