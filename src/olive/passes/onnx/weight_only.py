@@ -32,9 +32,11 @@ from olive.passes.onnx.weights import (
     UINT8,
     Error,
     dtype_of,
+    error_of,
+    in_parts,
     product_nodes,
     raw,
-    weight_parts,
+    row_of,
 )
 from olive.passes.quantize import kernels
 
@@ -274,27 +276,24 @@ class WeightOnly(WeightPass[W]):
         zeros = None
         if not settings.symmetric:
             zeros = torch.empty(one.rows, -(-blocks * settings.bits // 8), dtype=torch.uint8)
-        error = Error()
-        for part, weight in weight_parts(graph, one, device, settings.block):
+
+        def part(place: slice, weight: torch.Tensor) -> Error:
             whole = self.quantise(weight, grid, params)
             stored, codes = whole.scales.to(dtype).float(), whole.codes
             if dtype != torch.float32:
                 codes = encode(weight, grid, stored, whole.zeros)
-            error.add(weight, Quantised(grid, codes, stored, whole.zeros).dequantise())
+            error = error_of(weight, Quantised(grid, codes, stored, whole.zeros).dequantise())
             codes[:, one.columns :] = 0
-            packed[part] = pack(codes[:, :kept], settings.bits).cpu()
-            scales[part] = stored.to(dtype).cpu()
+            packed[place] = pack(codes[:, :kept], settings.bits).cpu()
+            scales[place] = stored.to(dtype).cpu()
             if zeros is not None and whole.zeros is not None:
                 odd = (0, zeros.shape[1] * 8 // settings.bits - blocks)
                 points = torch.nn.functional.pad(whole.zeros, odd, value=grid.middle)
-                zeros[part] = pack(points, settings.bits).cpu()
-        rows[one.label] = {
-            "name": one.label,
-            "bits": settings.bits,
-            "group_size": settings.block,
-            "weight_error": error.share,
-            "seconds": round(time.perf_counter() - began, 4),
-        }
+                zeros[place] = pack(points, settings.bits).cpu()
+            return error
+
+        errors = in_parts(graph, one, device, part, settings.block)
+        rows[one.label] = row_of(one, settings.bits, settings.block, errors, began)
         shape: tuple[int, ...] = (one.rows, packed.shape[1])
         if one.kind != "Gather":
             shape = (one.rows, blocks, settings.block * settings.bits // 8)
