@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from olive.passes.onnx.weight_only import Settings
 from onnx import TensorProto, helper, numpy_helper
 
 import tiny
@@ -20,7 +21,6 @@ from olive.errors import PassFailed, UntrustedInput
 from olive.models.artifact import Artifact, Kind
 from olive.passes.export.model_builder import ModelBuilder
 from olive.passes.onnx.graphs import Graph, graph_file
-from olive.passes.onnx.weight_only import Settings
 from olive.passes.registry import resolve
 
 PASSES = ("OnnxBlockWiseRtnQuantization", "OnnxKQuantQuantization", "OnnxHqqQuantization")
@@ -70,9 +70,7 @@ def run(name: str, folder: Path, scratch: Path, kind: Kind = Kind.ONNX, **params
 
 
 def outputs_of(folder: Path, ids: list[int]) -> dict[str, np.ndarray]:
-    session = onnxruntime.InferenceSession(
-        str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_outputs()]
     return dict(zip(names, session.run(names, {"ids": np.array(ids)}), strict=True))
 
@@ -105,9 +103,7 @@ def test_rtn_has_the_bits_of_onnxruntime(tmp_path: Path, bits: int, block: int, 
     )
 
     source = graph(tmp_path / "source", inputs=128)
-    ctx = run(
-        PASSES[0], source, tmp_path / "ours", bits=bits, block_size=block, is_symmetric=symmetric
-    )
+    ctx = run(PASSES[0], source, tmp_path / "ours", bits=bits, block_size=block, is_symmetric=symmetric)
     found = Graph(ctx.out / "model.onnx")
     theirs = MatMulNBitsQuantizer(
         onnx.load(source / "model.onnx"),
@@ -120,7 +116,8 @@ def test_rtn_has_the_bits_of_onnxruntime(tmp_path: Path, bits: int, block: int, 
     for part in ("", "_scales", *(() if symmetric else ("_zero_points",))):
         their_name = f"shared_Q{bits}" if not part else f"shared{part}"
         np.testing.assert_array_equal(
-            found.array(f"shared_Q{bits}{part}"), wanted[their_name].reshape(found.array(f"shared_Q{bits}{part}").shape)
+            found.array(f"shared_Q{bits}{part}"),
+            wanted[their_name].reshape(found.array(f"shared_Q{bits}{part}").shape),
         )
 
 
@@ -155,7 +152,8 @@ def test_a_weight_that_is_shared_is_written_once_and_reported_once(tmp_path: Pat
     assert [row["name"] for row in ctx.facts["layers"]] == ["first", "second"]
     assert all(0 < row["weight_error"] < 0.02 for row in ctx.facts["layers"])
     assert set(found.weights) == {
-        "table", *(f"{w}_Q4{part}" for w in ("shared", "own") for part in ("", "_scales", "_zero_points"))
+        "table",
+        *(f"{w}_Q4{part}" for w in ("shared", "own") for part in ("", "_scales", "_zero_points")),
     }
     assert {path.name for path in ctx.out.iterdir()} == {"model.onnx", "model.onnx.data", "note.txt"}
 
@@ -177,9 +175,7 @@ def test_k_quant_leaves_less_error_than_rounding_and_hqq_less_by_its_norm(tmp_pa
 def test_nodes_by_name(tmp_path: Path) -> None:
     source = graph(tmp_path / "source")
     own = {"second": {"bits": 8, "group_size": 16}}
-    ctx = run(
-        PASSES[1], source, tmp_path / "a", nodes_to_exclude=["first"], customized_weight_config=own
-    )
+    ctx = run(PASSES[1], source, tmp_path / "a", nodes_to_exclude=["first"], customized_weight_config=own)
     found = Graph(ctx.out / "model.onnx")
     assert [n.name for n in found.model.graph.node] == ["embed", "first", "second_Q8", "third_Q4"]
     np.testing.assert_array_equal(found.array("shared"), Graph(source / "model.onnx").array("shared"))

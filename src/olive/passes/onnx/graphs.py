@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from olive.errors import ConfigError, PassFailed, UntrustedInput
+from olive.models.artifact import Artifact
 from olive.store.copying import copy_file
 
 if TYPE_CHECKING:
@@ -65,11 +66,20 @@ def graph_file(folder: Path) -> Path:
     return found[0]
 
 
+def open_graph(model: Artifact) -> Graph:
+    """The graph of an artifact; of one whose document names a file, that file alone is the model."""
+    named = model.attributes.get("file")
+    if named is None:
+        return Graph(graph_file(model.path))
+    return Graph(model.path / str(named), alone=True)
+
+
 class Graph:
     """An ONNX model, its weights on disk.
 
     Args:
         path: the ``.onnx`` file.
+        alone: whether what else is in its folder is no part of the model.
 
     Attributes:
         model: the ModelProto; weights with external data have none in memory.
@@ -82,11 +92,11 @@ class Graph:
         PassFailed: external data shorter than the graph says.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, alone: bool = False) -> None:
         import onnx
         from google.protobuf.message import DecodeError
 
-        self.path = path
+        self.path, self.alone = path, alone
         try:
             self.model: ModelProto = onnx.load(path, load_external_data=False)
         except (DecodeError, OSError) as error:
@@ -108,7 +118,9 @@ class Graph:
     @property
     def opset(self) -> int:
         """Version of the standard operators."""
-        return max((one.version for one in self.model.opset_import if one.domain in ("", "ai.onnx")), default=1)
+        return max(
+            (one.version for one in self.model.opset_import if one.domain in ("", "ai.onnx")), default=1
+        )
 
     def need_opset(self, domain: str, version: int) -> None:
         """Declare a domain of operators, or raise its version; of the standard ones call the converter."""
@@ -178,7 +190,9 @@ class Graph:
         """Nodes of the main graph that take the value ``name``."""
         return [node for node in self.graph.node if name in node.input]
 
-    def save(self, folder: Path, name: str | None = None, *, done: Callable[[str], None] = lambda _: None) -> Path:
+    def save(
+        self, folder: Path, name: str | None = None, *, done: Callable[[str], None] = lambda _: None
+    ) -> Path:
         """Write the model to ``folder``: the graph, and beside it ``<name>.data`` with its weights.
 
         Args:
@@ -225,6 +239,8 @@ class Graph:
 
     def copy_rest(self, folder: Path) -> None:
         """Copy what else is in the model's folder: tokenizer, settings."""
+        if self.alone:
+            return
         used = self.files
         for path in sorted(self.path.parent.rglob("*")):
             target = folder / path.relative_to(self.path.parent)
@@ -243,7 +259,7 @@ class Graph:
         path = (root / location).resolve()
         if not location or Path(location).is_absolute() or root not in path.parents:
             raise UntrustedInput(
-                f"{self.path.name}: the weight {tensor.name} lies outside of the model's folder: {location!r}",
+                f"{self.path.name}: {tensor.name} lies outside of the model's folder: {location!r}",
                 fix="Keep the weights beside the graph.",
             )
         offset = int(told.get("offset") or 0)
@@ -342,7 +358,7 @@ def _write(file: Any, tensor: TensorProto, data: np.ndarray) -> None:
     step = _ALLOCATION if data.nbytes >= 1 << 20 else _PAGE
     offset = -(-file.tell() // step) * step
     file.seek(offset)
-    file.write(memoryview(data.reshape(-1).view(np.uint8)))
+    file.write(data.reshape(-1).view(np.uint8).data)
     tensor.data_location = 1
     for key, value in (("location", Path(file.name).name), ("offset", offset), ("length", data.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
