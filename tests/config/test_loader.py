@@ -430,4 +430,5 @@ def test_an_onnx_model_has_settings_of_its_own() -> None:
     assert "`task` of an OnnxModel has no effect" in said(loaded)
     document["input_model"] = {"type": "OnnxModel", "model_path": "m", "onnx_filename": "a.onnx"}
     (problem,) = (p for p in refused(document) if p.severity is Severity.ERROR)
-    assert problem.where == "$.input_model.onnx_filename" and "onnx_file_name" in str(problem.fix)
+    assert problem.where == "$.input_model.onnx_filename"
+    assert "onnx_file_name" in str(problem.fix)
