@@ -54,7 +54,8 @@ class OnnxBnb4Quantization(WeightPass["OnnxBnb4Quantization.Params"]):
     def check(
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
-        """Kernels of the target."""
+        """Names of nodes, and kernels of the target."""
+        yield from super().check(model, params, machine, accelerator)
         if accelerator.execution_provider not in kernels.BNB4:
             yield Problem(
                 f"no MatMulBnb4 of {accelerator.execution_provider} was verified here",

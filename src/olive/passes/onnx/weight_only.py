@@ -25,8 +25,8 @@ from olive.hardware.products import choose_products
 from olive.models.artifact import Artifact, ModelInfo
 from olive.passes.base import Cost, PassContext
 from olive.passes.onnx.graph_pass import GraphPass
-from olive.passes.onnx.graphs import Graph, Stored, graph_file
-from olive.passes.onnx.products import Found, Product, find, fresh
+from olive.passes.onnx.graphs import Graph, Stored, open_graph
+from olive.passes.onnx.products import Found, Product, find, fresh, unknown
 from olive.passes.onnx.weights import (
     DOMAIN,
     UINT8,
@@ -98,6 +98,18 @@ class WeightPass(GraphPass[P]):
     libraries = ("onnx", "onnxruntime", "torch")
     hardware = ("device", "execution_provider")
 
+    def named(self, params: P) -> dict[str, Iterable[str]]:
+        """Parameter -> the nodes that it names."""
+        return {"nodes_to_exclude": params.nodes_to_exclude}
+
+    def check(
+        self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
+    ) -> Iterable[Problem]:
+        """Names of nodes, where the input is a graph."""
+        if model.graph is not None:
+            nodes = (node.name for node in model.graph.nodes)
+            yield from unknown(nodes, model.graph.file, self.named(params))
+
     def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
         """A part of a weight in floating point, and the largest weight's integers."""
         folder = model.path if model.path.is_dir() else model.path.parent
@@ -116,7 +128,7 @@ class WeightPass(GraphPass[P]):
         if ctx.accelerator.device == "cpu":
             torch.set_num_threads(max(1, ctx.machine.cores))
             choose_products(ctx.machine.cpu, ctx.machine.cpu_features)
-        graph = Graph(graph_file(model.path) if model.path.is_dir() else model.path)
+        graph = open_graph(model)
         found = self.find(graph, params, ctx.target.execution_provider)
         if not found.products:
             reasons = "".join(f"; {label}: {reason}" for label, reason in list(found.left.items())[:3])
@@ -191,21 +203,18 @@ class WeightOnly(WeightPass[W]):
         """Every setting that the parameters name."""
         yield self.settings(params)
 
-    def included(self, params: W) -> tuple[str, ...]:
-        """Names of the only nodes to take; all where empty."""
-        return ()
-
     def check(
         self, model: ModelInfo, params: W, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
-        """Kernels of the target."""
+        """Names of nodes, and kernels of the target."""
+        yield from super().check(model, params, machine, accelerator)
         pairs = {(one.bits, one.block) for one in self.all_settings(params)}
         yield from kernels.problems(pairs, accelerator.execution_provider, where="block_size")
 
     def find(self, graph: Graph, params: W, provider: str) -> Found:
         """Products, and look-ups where the provider's kernel was verified."""
         kinds = ("MatMul", "Gemm", "Gather") if self.embeddings else ("MatMul", "Gemm")
-        found = find(graph, kinds, params.nodes_to_exclude, self.included(params))
+        found = find(graph, kinds, **self.named(params))
         for one in [one for one in found.products if one.kind == "Gather"]:
             settings = self.settings(params, one.label)
             reason = None
