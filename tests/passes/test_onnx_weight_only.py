@@ -18,7 +18,9 @@ from olive.config.gates import BundleGate, ParityGate
 from olive.config.workflow import Accelerator
 from olive.engine.gates import bundle, parity
 from olive.errors import ConfigError, PassFailed, UntrustedInput
+from olive.hardware.probe import probe
 from olive.models.artifact import Artifact, Kind, ModelInfo
+from olive.models.graph import describe_graph
 from olive.passes.export.model_builder import ModelBuilder
 from olive.passes.onnx.graphs import Graph, graph_file
 from olive.passes.onnx.weight_only import Settings
@@ -336,8 +338,6 @@ def test_a_weight_cut_into_parts_is_the_same(tmp_path: Path, monkeypatch: pytest
 def test_a_plan_holds_bits_and_blocks_against_the_table_of_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from olive.hardware.probe import probe
-
     monkeypatch.setattr(
         "olive.passes.quantize.kernels.VERIFIED", {"CPUExecutionProvider": {4: (32,), 8: (16,)}}
     )
@@ -350,6 +350,18 @@ def test_a_plan_holds_bits_and_blocks_against_the_table_of_kernels(
     ]
     with pytest.raises(ValueError, match="block_size"):
         technique.Params.model_validate({"block_size": 48})
+
+
+def test_a_plan_knows_the_nodes_of_an_input_that_is_a_graph(tmp_path: Path) -> None:
+    info = describe_graph(graph(tmp_path / "source"), "model.onnx")
+    technique = resolve(PASSES[1])
+    params = technique.Params.model_validate(
+        {"nodes_to_exclude": ["first"], "customized_weight_config": {"secnd": {"bits": 8}}}
+    )
+    found = list(technique().check(info, params, probe(), Accelerator()))
+    assert [(one.message, one.fix) for one in found] == [
+        ("model.onnx has no node 'secnd'", "did you mean `second`?")
+    ]
 
 
 def test_a_bundle_whose_graph_lies_elsewhere_is_refused(tmp_path: Path) -> None:
