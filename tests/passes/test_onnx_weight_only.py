@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import tiny
 from adapter_kit import context
+from olive import workflows
 from olive.config.gates import BundleGate, ParityGate
 from olive.config.workflow import Accelerator
 from olive.engine.gates import bundle, parity
@@ -371,6 +372,27 @@ def test_a_bundle_whose_graph_lies_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "genai_config.json").write_text('{"model": {}}')
     with pytest.raises(ConfigError, match="decoder"):
         graph_file(tmp_path)
+
+
+def test_by_a_document_of_today_and_of_olive(tmp_path: Path) -> None:
+    source = graph(tmp_path / "source")
+    document = {
+        "input_model": {"type": "OnnxModel", "model_path": str(source)},
+        "passes": {
+            "q": {
+                "type": "onnxblockwisertnquantization",
+                "block_size": 32,
+                "axis": 0,
+                "nodes_to_exclude": None,
+            },
+            "d": {"type": "MatMulNBitsToQDQ", "use_int4": True, "save_as_external_data": True},
+        },
+    }
+    made = workflows.run(document, output_dir=tmp_path / "out", cache_dir=tmp_path / "cache")
+    assert [[gate.gate for gate in step.gates] for step in made.steps] == [["graph"], ["graph"]]
+    found = Graph(tmp_path / "out" / "model" / "model.onnx")
+    kinds = [node.op_type for node in found.model.graph.node]
+    assert kinds == ["GatherBlockQuantized", *["DequantizeLinear", "MatMul"] * 2, "MatMul"]
 
 
 def test_settings_are_those_of_the_operator() -> None:

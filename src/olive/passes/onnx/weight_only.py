@@ -18,12 +18,11 @@ from pydantic import Field
 
 from olive.config.base import PassParams
 from olive.config.workflow import Accelerator
-from olive.data.plan import Preview
 from olive.errors import PassFailed, Problem
 from olive.hardware.machine import Machine
 from olive.hardware.products import choose_products
 from olive.models.artifact import Artifact, ModelInfo
-from olive.passes.base import Cost, PassContext
+from olive.passes.base import PassContext
 from olive.passes.onnx.graph_pass import GraphPass
 from olive.passes.onnx.graphs import Graph, Stored, open_graph
 from olive.passes.onnx.products import Found, Product, find, fresh, unknown
@@ -109,12 +108,6 @@ class WeightPass(GraphPass[P]):
         if model.graph is not None:
             nodes = (node.name for node in model.graph.nodes)
             yield from unknown(nodes, model.graph.file, self.named(params))
-
-    def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
-        """A part of a weight in floating point, and the largest weight's integers."""
-        folder = model.path if model.path.is_dir() else model.path.parent
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        return Cost(memory=(700 << 20) + size // 8, disk=size, seconds=2.0 + size * 2e-8)
 
     def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
         """Quantise the graph of ``model`` into ``ctx.out``.
