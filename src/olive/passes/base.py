@@ -124,6 +124,8 @@ class Pass(ABC, Generic[P]):
         makes_integers: whether the weights it makes are integers, which most passes cannot go on from.
         reads_integers: whether it goes on from them.
         needs_integers: whether it goes on from nothing else.
+        keeps_kind: whether what it makes is of the kind that it was given; ``produces`` is then the first of
+            ``accepts``.
     """
 
     Params: ClassVar[type[PassParams]]
@@ -138,6 +140,17 @@ class Pass(ABC, Generic[P]):
     makes_integers: ClassVar[bool] = False
     reads_integers: ClassVar[bool] = False
     needs_integers: ClassVar[bool] = False
+    keeps_kind: ClassVar[bool] = False
+
+    @classmethod
+    def makes(cls, given: Kind) -> Kind:
+        """The kind of what it makes from a model of the kind ``given``."""
+        return given if cls.keeps_kind else cls.produces
+
+    @classmethod
+    def gates_of(cls, given: Kind) -> tuple[str, ...]:
+        """Gates that hold what it makes from a model of the kind ``given``, in order."""
+        return cls.gates
 
     def check(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
@@ -173,16 +186,21 @@ class Pass(ABC, Generic[P]):
     def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
         """Make the artifact in ``ctx.out``."""
 
-    def ensure(self, out: Path) -> None:
+    def ensure(self, out: Path, given: Kind | None = None) -> None:
         """Check what came out; the message is for the developer of the pass.
+
+        Args:
+            out: what the pass wrote.
+            given: kind of the model that it was given.
 
         Raises:
             PassFailed: the folder does not hold a model of the kind the pass declares.
         """
-        for name in _REQUIRED[self.produces]:
+        kind = self.produces if given is None else self.makes(given)
+        for name in _REQUIRED[kind]:
             if not any(out.glob(name)):
                 raise PassFailed(
-                    f"{type(self).__name__} said it makes {self.produces.value}, but wrote no {name}",
+                    f"{type(self).__name__} said it makes {kind.value}, but wrote no {name}",
                     fix="Pass developer: write the whole artifact into ctx.out.",
                 )
         for path in out.rglob("*.json"):

@@ -33,6 +33,11 @@ _TABLE: dict[str, str] = {
     "SaveQuantized": "olive.passes.save.save_quantized:SaveQuantized",
     "SaveGguf": "olive.passes.save.save_gguf:SaveGguf",
     "ModelBuilder": "olive.passes.export.model_builder:ModelBuilder",
+    "OnnxBlockWiseRtnQuantization": "olive.passes.onnx.rtn:OnnxBlockWiseRtnQuantization",
+    "OnnxKQuantQuantization": "olive.passes.onnx.k_quant:OnnxKQuantQuantization",
+    "OnnxHqqQuantization": "olive.passes.onnx.hqq:OnnxHqqQuantization",
+    "OnnxBnb4Quantization": "olive.passes.onnx.bnb4:OnnxBnb4Quantization",
+    "MatMulNBitsToQDQ": "olive.passes.onnx.qdq:MatMulNBitsToQDQ",
 }
 
 

@@ -12,7 +12,7 @@ from olive.engine.gates import quantised
 from olive.engine.gates.compare import Comparison, References, compare, probes, torch_logits
 from olive.engine.result import GateResult
 from olive.errors import PassFailed
-from olive.models.artifact import Artifact
+from olive.models.artifact import Artifact, Kind
 from olive.passes.base import PassContext
 
 if TYPE_CHECKING:
@@ -47,10 +47,12 @@ def check(
     prompts: list[list[int]],
     known: References | None = None,
 ) -> GateResult:
-    """Compare the logits of ``before`` in PyTorch (float32) and ``after`` in ONNX Runtime at every position.
+    """Compare the logits of ``before`` and of ``after`` in ONNX Runtime at every position.
+
+    ``before`` runs in PyTorch in float32; a bundle runs in ONNX Runtime too.
 
     Args:
-        before: Hugging Face model.
+        before: Hugging Face model, or a bundle that a pass on graphs changed.
         after: folder with genai_config.json; or of a Hugging Face model whose weights became integers.
         settings: thresholds; those left out depend on the precision and catch what is broken.
         ctx: context of the export: target and precision.
@@ -70,14 +72,17 @@ def check(
         return quantised.check(before, after, limits, settings, ctx, prompts, known)
     config = _read_config(after)
     chosen = probes(prompts, int(config["vocab_size"]), settings.prompts)
-    expected = (known.take(before.path, chosen) if known else None) or _logits_of_source(before.path, chosen)
+    provider = ctx.target.execution_provider
+    expected = (known.take(before.path, chosen) if known else None) or _logits_of_source(
+        before, chosen, provider
+    )
     _check_source(expected, int(config["vocab_size"]), precision)
-    runtime = _Runtime(after, config, ctx.target.execution_provider)
+    runtime = _Runtime(after, config, provider)
     found = compare(expected, map(runtime.logits, chosen))
     answer = runtime.answer(chosen[0], _ANSWER)
     _judge(found, limits, precision)
     stuck = _longest_run(answer) >= _STUCK
-    if stuck and _longest_run(_answer_of_source(before.path, chosen[0])) < _STUCK:
+    if stuck and _longest_run(_answer_of_source(before, chosen[0], provider)) < _STUCK:
         _fail(f"the exported model repeats token {answer[-1]} and its source does not", precision)
     figures = found.figures | {"longest_repeat": float(_longest_run(answer))}
     text = f"{precision}: KL {found.kl:.3g} nat a token, top token agrees at {found.top1:.0%} of positions"
@@ -137,21 +142,25 @@ def _longest_run(tokens: list[int]) -> int:
     return best
 
 
-def _logits_of_source(folder: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
+def _logits_of_source(model: Artifact, prompts: list[list[int]], provider: str) -> list[torch.Tensor]:
     """One model after the other, so that both are never in memory together."""
     from olive.models.hf import load_model
 
-    expected = torch_logits(load_model(folder, dtype="float32"), prompts)
+    if model.kind is Kind.GENAI:
+        return list(map(_Runtime(model.path, _read_config(model.path), provider).logits, prompts))
+    expected = torch_logits(load_model(model.path, dtype="float32"), prompts)
     gc.collect()
     return expected
 
 
-def _answer_of_source(folder: Path, ids: list[int]) -> list[int]:
+def _answer_of_source(source: Artifact, ids: list[int], provider: str) -> list[int]:
     import torch
 
     from olive.models.hf import load_model
 
-    model, made = load_model(folder, dtype="float32"), list(ids)
+    if source.kind is Kind.GENAI:
+        return _Runtime(source.path, _read_config(source.path), provider).answer(ids, _ANSWER)
+    model, made = load_model(source.path, dtype="float32"), list(ids)
     stop = _ids(model.generation_config.eos_token_id)
     with torch.inference_mode():
         state = model(input_ids=torch.tensor([ids]), use_cache=True)

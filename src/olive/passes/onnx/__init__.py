@@ -1,0 +1,1 @@
+"""Passes on ONNX graphs: weights to integers, activations to integers, half precision."""
