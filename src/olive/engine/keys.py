@@ -47,8 +47,8 @@ def step_parts(
         "format": FORMAT,
         "pass": technique.__name__,
         "source": {"pass": _source(technique)}
-        | {room: _folder_source(f"olive.{room}") for room in ("models", "quantization")}
-        | ({"data": _folder_source("olive.data")} if names else {}),
+        | {room: folder_source(f"olive.{room}") for room in ("models", "quantization")}
+        | ({"data": folder_source("olive.data")} if names else {}),
         "params": entry.params.model_dump(mode="json"),
         "model": model_part(model),
         "data": {name: data_part(workflow, name, base_dir, memo) for name in names},
@@ -66,7 +66,7 @@ def evaluation_parts(
     return {
         "format": FORMAT,
         "source": {
-            room: _folder_source(f"olive.{room}") for room in ("evaluation", "data", "models", "quantization")
+            room: folder_source(f"olive.{room}") for room in ("evaluation", "data", "models", "quantization")
         },
         "evaluator": evaluator.model_dump(mode="json"),
         "model": model_part(model),
@@ -127,12 +127,13 @@ def _source(technique: type[Pass[Any]]) -> str:
     """Digest of the pass's own folder: the pass and the helpers beside it."""
     package = technique.__module__.rpartition(".")[0]
     if package:
-        return _folder_source(package)
+        return folder_source(package)
     return hashlib.sha256(inspect.getsource(sys.modules[technique.__module__]).encode()).hexdigest()
 
 
 @cache
-def _folder_source(package: str) -> str:
+def folder_source(package: str) -> str:
+    """Digest of the sources below a package."""
     spec = importlib.util.find_spec(package)
     roots = list(spec.submodule_search_locations or ()) if spec else []
     digest = hashlib.sha256()
