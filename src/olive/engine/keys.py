@@ -24,6 +24,8 @@ _VARIANTS = {
     "onnxruntime-genai": ("onnxruntime-genai-cuda", "onnxruntime-genai-directml"),
 }
 
+_READERS = ("datasets", "tokenizers")
+
 
 def step_parts(
     entry: PassEntry,
@@ -46,15 +48,27 @@ def step_parts(
     return {
         "format": FORMAT,
         "pass": technique.__name__,
-        "source": {"pass": _source(technique)}
-        | {room: folder_source(f"olive.{room}") for room in ("models", "quantization")}
-        | ({"data": folder_source("olive.data")} if names else {}),
+        "source": _sources(technique) | ({"data": folder_source("olive.data")} if names else {}),
         "params": entry.params.model_dump(mode="json"),
         "model": model_part(model),
         "data": {name: data_part(workflow, name, base_dir, memo) for name in names},
         "libraries": {name: library_version(name, machine) for name in technique.libraries},
         "gates": {name: getattr(workflow.gates, name).model_dump(mode="json") for name in technique.gates},
         "hardware": _hardware_part(technique, accelerator, target, machine),
+    }
+
+
+def statistics_parts(
+    entry: PassEntry, model: Artifact, accelerator: Accelerator, machine: Machine
+) -> dict[str, Any]:
+    """Everything that any statistic of a step's model may depend on; none of the step's parameters."""
+    technique = resolve(entry.type)
+    libraries = sorted({*technique.libraries, *_READERS})
+    return {
+        "source": _sources(technique) | {"data": folder_source("olive.data")},
+        "model": model_part(model),
+        "libraries": {name: library_version(name, machine) for name in libraries},
+        "device": accelerator.device,
     }
 
 
@@ -121,6 +135,11 @@ def _hardware_part(
         "execution_provider": target.execution_provider,
     }
     return {name: values[name] for name in technique.hardware}
+
+
+def _sources(technique: type[Pass[Any]]) -> dict[str, str]:
+    rooms = {room: folder_source(f"olive.{room}") for room in ("models", "quantization")}
+    return {"pass": _source(technique)} | rooms
 
 
 def _source(technique: type[Pass[Any]]) -> str:

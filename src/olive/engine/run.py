@@ -17,7 +17,7 @@ from olive.engine.descent import Descent, Refused
 from olive.engine.devices import accelerator_of, devices_of, host_number
 from olive.engine.follow import follow
 from olive.engine.gates.compare import References
-from olive.engine.keys import data_names, evaluation_parts, folder_source
+from olive.engine.keys import data_names, data_part, evaluation_parts, folder_source, statistics_parts
 from olive.engine.output import MODEL, TRACKING
 from olive.engine.plan import Plan, PlannedStep, parts_of, stored_artifact
 from olive.engine.prompts import rendered_sample, sample_prompts
@@ -32,7 +32,7 @@ from olive.passes.registry import resolve
 from olive.store.journal import Journal
 from olive.store.keys import key as make_key
 from olive.store.store import Entry, Store
-from olive.systems.job import Job
+from olive.systems.job import Job, Kept
 from olive.systems.local import execute, failures_named, prepare_process
 
 if TYPE_CHECKING:
@@ -261,6 +261,11 @@ def _job(state: _Run, name: str, entry: PassEntry, model: Artifact, out: Path, j
         out=out,
         journal=journal,
         tracking=plan.output_dir / TRACKING,
+        statistics=Kept(
+            root=plan.store_root,
+            parts=statistics_parts(entry, model, accelerator_of(workflow, host), plan.machine),
+            data={data: data_part(workflow, data, plan.base_dir, state.memo) for data in data_names(entry)},
+        ),
         processes=planned.processes,
         strategy=planned.strategy,
         hosts=planned.hosts,

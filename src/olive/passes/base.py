@@ -16,6 +16,7 @@ from olive.errors import PassFailed, Problem
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.store.journal import Journal
+from olive.store.statistics import Statistics
 
 P = TypeVar("P", bound=PassParams)
 
@@ -86,6 +87,7 @@ class PassContext:
         step: name of the step in the document.
         tracking: folder for experiment trackers, in the output folder; made when one is asked for.
         place: among the processes that run the pass together.
+        statistics: of the model, which other steps may have computed or may go on from.
     """
 
     out: Path
@@ -102,6 +104,7 @@ class PassContext:
     step: str = "run"
     tracking: Path | None = None
     place: Place = Place()
+    statistics: Statistics = field(default_factory=Statistics)
 
 
 class Pass(ABC, Generic[P]):
