@@ -93,7 +93,9 @@ def _same(folder: Path, calm: Path) -> None:
 def test_it_goes_on_at_its_rung(killed: Path, calm: Path) -> None:
     done = _run(killed)
     assert done.code == 0, done.said
-    assert " ".join(done.said.split()).count("(in an earlier run)") == _told(done) == 4  # as it comes, and at the end
+    assert (
+        " ".join(done.said.split()).count("(in an earlier run)") == _told(done) == 4
+    )  # as it comes, and at the end
     assert done.said.count("parity gate\n") == 1, "no rung above is tried again"
     assert _step(killed)["facts"]["layers_from_journal"] == 1
     _same(killed, calm)
@@ -127,7 +129,7 @@ def test_a_damaged_memory_begins_at_the_first_rung(killed: Path, calm: Path) -> 
 
 
 def test_other_prompts_begin_at_the_first_rung(killed: Path) -> None:
-    """A failure holds for the prompts it was measured on, which a quantiser without data has not in its key."""
+    """A failure holds for the prompts it was measured on; the key of a quantiser without data has none."""
     path = killed / "document.json"
     body = json.loads(path.read_text())
     body["evaluator"] = "tone"

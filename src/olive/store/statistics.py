@@ -92,7 +92,12 @@ class Statistics:
         return values
 
     def keep(
-        self, what: str, own: Mapping[str, Any], values: Mapping[str, torch.Tensor], *, data: str | None = None
+        self,
+        what: str,
+        own: Mapping[str, Any],
+        values: Mapping[str, torch.Tensor],
+        *,
+        data: str | None = None,
     ) -> None:
         """Keep a statistic that was computed. A store that refuses costs nothing but a warning."""
         self.computed[what] += 1

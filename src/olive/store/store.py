@@ -219,6 +219,10 @@ class Store:
         with doing, self._leases.alone(f"output-{place}"):
             return materialise(entry.path, entry.files, entry.digest, int(entry.created), Path(dest))
 
+    def areas(self) -> tuple[Store, ...]:
+        """This area of the store, and beside the results of steps that of statistics."""
+        return (self, Store(self.root, "statistics")) if self.area == "entries" else (self,)
+
     def entries(self) -> Iterator[Entry]:
         """Every entry whose manifest reads; contents are not checked (``verify`` does)."""
         for key in self._keys():
@@ -252,7 +256,7 @@ class Store:
         with reported(self.root, "cleaning the store"):
             freed = self._leftovers.sweep()
             now = datetime.datetime.now(datetime.UTC).timestamp()
-            found = [(entry, area) for area in self._areas() for entry in area.entries()]
+            found = [(entry, area) for area in self.areas() for entry in area.entries()]
             total = sum(entry.size for entry, _ in found)
             for entry, area in sorted(found, key=lambda each: each[0].used):
                 old = older_than is not None and now - entry.used > older_than
@@ -265,7 +269,7 @@ class Store:
     def verify(self) -> list[Problem]:
         """Hold every entry against its manifest; damaged ones are set aside. Leftovers are listed."""
         found: list[Problem] = []
-        for area in self._areas():
+        for area in self.areas():
             before = len(area.findings)
             for key in list(area._keys()):
                 try:
@@ -283,13 +287,6 @@ class Store:
         """Let go of every entry looked up or published here."""
         while self._kept:
             self._kept.popitem()[1].release()
-
-    def beside(self) -> Store:
-        """The area of statistics of the same store."""
-        return Store(self.root, "statistics")
-
-    def _areas(self) -> tuple[Store, ...]:
-        return (self, self.beside()) if self.area == "entries" else (self,)
 
     def _folder(self, key: str) -> Path:
         return self.root / self.area / require_key(key)
@@ -340,13 +337,14 @@ class Store:
         """Set the very folder aside that was found damaged, not one that another process put there since."""
         aside = self.root / "quarantine" / f"{key}-{uuid.uuid4().hex}"
         aside.parent.mkdir(parents=True, exist_ok=True)
+        what = "result" if self.area == "entries" else "statistic"
         self._let_go(key)
         with self._leases.idle(key), contextlib.suppress(FileNotFoundError):
             if _identity(self._folder(key)) == identity:
                 os.rename(self._folder(key), aside)
                 self.findings.append(
                     Problem(
-                        f"the stored result {key[:12]} is damaged ({damage}): set aside, to be made again",
+                        f"the stored {what} {key[:12]} is damaged ({damage}): set aside, to be made again",
                         where=str(aside),
                         fix="check the disk if this happens again",
                         severity=Severity.WARNING,

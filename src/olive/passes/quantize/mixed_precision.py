@@ -227,16 +227,19 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
         import torch
 
         from olive.models.hf import load_model
-        from olive.passes.quantize.divergence import losses
+        from olive.passes.quantize.divergence import Subject, losses
 
-        rows = calibration.of(params, model, ctx)
         if ctx.accelerator.device == "cpu":
             torch.set_num_threads(max(1, ctx.machine.cores))
         device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
-        network = load_model(model.path, dtype="float32").to(device).requires_grad_(False).eval()
-        found, ctx.facts["corrections"] = losses(
-            network, rows.batches(_BATCH), options, params.seed, ctx.progress
+        subject = Subject(
+            lambda: load_model(model.path, dtype="float32").to(device).requires_grad_(False).eval(),
+            lambda: calibration.of(params, model, ctx).batches(_BATCH),
+            calibration.drawn(params) | {"batch": _BATCH},
+            params.data_config,
+            params.seed,
         )
+        found, ctx.facts["corrections"] = losses(subject, options, ctx.progress, ctx.statistics)
         return found
 
 
