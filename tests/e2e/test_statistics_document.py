@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ CHOICE = {
     "bits_per_weight": 7.0,
 }
 
+OTHER = CHOICE | {"bits_per_weight": 5.5}
+
 
 def _write(folder: Path, *passes: dict[str, Any]) -> None:
     path = document(folder, {}) if not (folder / "base").exists() else folder / "document.json"
@@ -29,12 +32,12 @@ def _write(folder: Path, *passes: dict[str, Any]) -> None:
     path.write_text(json.dumps(body))
 
 
-def _run(folder: Path, *more: str, fault: Fault | None = None) -> Done:
-    return run("run", "document.json", "--cache-dir", ".olive-cache", *more, cwd=folder, fault=fault)
+def _run(folder: Path, fault: Fault | None = None) -> Done:
+    return run("run", "document.json", "--cache-dir", ".olive-cache", cwd=folder, fault=fault)
 
 
-def _steps(folder: Path, out: str = "out") -> list[dict[str, Any]]:
-    steps: list[dict[str, Any]] = json.loads((folder / out / "run.json").read_text())["steps"]
+def _steps(folder: Path) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = json.loads((folder / "out" / "run.json").read_text())["steps"]
     return steps
 
 
@@ -53,22 +56,27 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _alone(folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """The step of the same document with a store of its own."""
-    assert run("run", "document.json", "--cache-dir", "alone", "-o", "alone-out", cwd=folder).code == 0
-    step = _steps(folder, "alone-out")[0]
+@pytest.fixture(scope="module")
+def alone(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The choice by another budget where nothing was measured before."""
+    folder = copy(measured, tmp_path_factory.mktemp("alone") / "work")
+    shutil.rmtree(folder / ".olive-cache")
+    _write(folder, OTHER)
+    assert _run(folder).code == 0
+    (step,) = _steps(folder)
     assert step["facts"]["statistics"]["reused"] == {}
     return step
 
 
-def test_another_budget_computes_nothing_and_other_bits_nothing_twice(measured: Path, tmp_path: Path) -> None:
+def test_another_budget_computes_nothing_and_other_bits_nothing_twice(
+    measured: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
     folder = copy(measured, tmp_path / "work")
-    _write(folder, CHOICE | {"bits_per_weight": 5.5})
+    _write(folder, OTHER)
     assert _run(folder).code == 0
     (step,) = _steps(folder)
     assert not step["cached"]
     assert step["facts"]["statistics"] == {"reused": {"losses": 4, "errors": 26}, "computed": {}}
-    alone = _alone(folder, tmp_path)
     assert step["digest"] == alone["digest"]
     own, other = ({k: v for k, v in each["facts"].items() if k != "statistics"} for each in (step, alone))
     assert own == other  # every KL to the bit
@@ -82,18 +90,24 @@ def test_another_budget_computes_nothing_and_other_bits_nothing_twice(measured: 
     }
 
 
-def test_other_bits_of_a_calibrated_quantiser_take_the_same_rows(measured: Path, tmp_path: Path) -> None:
-    folder = copy(measured, tmp_path / "work")
-    gptq = {"type": "Gptq", "data_config": "train", "calibration_tokens": 512}
-    for bits in (8, 4):
-        _write(folder, gptq | {"bits": bits})
+def test_a_calibrated_quantiser_takes_the_same_rows(measured: Path, tmp_path: Path) -> None:
+    """Of what Gptq measures nothing else can be shared: it depends on the layers quantised before."""
+    steps = []
+    for name in ("with", "without"):
+        folder = copy(measured, tmp_path / name)
+        if name == "without":
+            shutil.rmtree(folder / ".olive-cache")
+        _write(folder, {"type": "Gptq", "data_config": "train", "calibration_tokens": 512})
         assert _run(folder).code == 0
-        (step,) = _steps(folder)
-        assert step["facts"]["statistics"] == {"reused": {"rows": 1}, "computed": {}}
-    assert step["digest"] == _alone(folder, tmp_path)["digest"]
+        steps += _steps(folder)
+    assert [step["facts"]["statistics"] for step in steps] == [
+        {"reused": {"rows": 1}, "computed": {}},
+        {"reused": {}, "computed": {"rows": 1}},
+    ]
+    assert steps[0]["digest"] == steps[1]["digest"]
 
 
-def test_a_flipped_bit_is_measured_again(measured: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_measured_again(measured: Path, alone: dict[str, Any], tmp_path: Path) -> None:
     folder = copy(measured, tmp_path / "work")
     for name in store(folder, "statistics"):
         path = folder / ".olive-cache" / "statistics" / name
@@ -103,7 +117,7 @@ def test_a_flipped_bit_is_measured_again(measured: Path, tmp_path: Path) -> None
             content = bytearray(values.read_bytes())
             content[-1] ^= 1
             values.write_bytes(content)
-    _write(folder, CHOICE | {"bits_per_weight": 5.5})
+    _write(folder, OTHER)
     done = _run(folder)
     assert done.code == 0, done.said
     (step,) = _steps(folder)
@@ -113,7 +127,7 @@ def test_a_flipped_bit_is_measured_again(measured: Path, tmp_path: Path) -> None
     findings = json.loads((folder / "out" / "run.json").read_text())["findings"]
     assert any("the stored statistic" in finding["message"] for finding in findings)
     assert len(store(folder, "quarantine")) == 1
-    assert step["digest"] == _alone(folder, tmp_path)["digest"]
+    assert step["digest"] == alone["digest"]
 
 
 def test_killed_in_the_middle_it_goes_on_from_what_is_whole(measured: Path, tmp_path: Path) -> None:
