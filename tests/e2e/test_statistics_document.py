@@ -90,6 +90,19 @@ def test_another_budget_computes_nothing_and_other_bits_nothing_twice(
     }
 
 
+def test_a_choice_that_was_measured_is_planned_from(measured: Path, tmp_path: Path) -> None:
+    folder = copy(measured, tmp_path / "work")
+    _write(folder, CHOICE, {"type": "KQuant"})
+    done = run("plan", "document.json", "--cache-dir", ".olive-cache", "--json", cwd=folder)
+    assert done.code == 0, done.said
+    (step,) = _steps(measured)
+    chosen = {
+        f"{one['bits']} bits in blocks of {one['group_size']}": one["layers"]
+        for one in json.loads(done.out)["steps"][1]["bits"]["settings"]
+    }
+    assert chosen == step["facts"]["settings"]
+
+
 def test_a_calibrated_quantiser_takes_the_same_rows(measured: Path, tmp_path: Path) -> None:
     """Of what Gptq measures nothing else can be shared: it depends on the layers quantised before."""
     steps = []

@@ -15,6 +15,7 @@ from olive.data.plan import Preview
 from olive.errors import PassFailed, Problem
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
+from olive.passes.bits import PlannedBits
 from olive.store.journal import Journal
 from olive.store.statistics import Statistics
 
@@ -165,6 +166,15 @@ class Pass(ABC, Generic[P]):
     def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
         """Expected peak memory, disk and time; ``data`` counts the rows and tokens of each data config."""
         return Cost(memory=0, disk=0)
+
+    def bits(
+        self, model: ModelInfo, params: P, target: Accelerator, before: PlannedBits | None
+    ) -> PlannedBits | None:
+        """Which integers the layers will get, by tensor headers; None for a pass that makes none.
+
+        ``before`` is what the step before this one chooses, where it has not run yet.
+        """
+        return None
 
     def processes(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator, devices: Devices
