@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,28 @@ def test_two_processes_compute_one_once(tmp_path: Path) -> None:
     children = [fork(lambda number=number: job(number)) for number in range(4)]
     assert [status(pid) for pid in children] == [0] * 4
     assert len(list(tmp_path.glob("computed-*"))) == 1
+
+
+def test_whoever_waits_is_told(tmp_path: Path) -> None:
+    def hold() -> None:
+        with kept(tmp_path / "store").turn("errors", OWN):
+            (tmp_path / "held").touch()
+            time.sleep(60)
+
+    pid = fork(hold)
+    limit = time.monotonic() + 20
+    while not (tmp_path / "held").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    told: list[str] = []
+
+    def note(said: str) -> None:
+        told.append(said)
+        os.kill(pid, signal.SIGKILL)
+        status(pid)
+
+    with Statistics(tmp_path / "store", PARTS, note=note).turn("errors", OWN):
+        assert told == ["another run measures errors of this model; waiting for it"]
 
 
 def test_a_store_that_refuses_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

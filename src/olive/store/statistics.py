@@ -33,6 +33,7 @@ class Statistics:
         root: the store's folder.
         parts: what every statistic of the step depends on: model, sources, libraries, device.
         data: name of a data config -> what identifies its rows and what is done to them.
+        note: told where another process is at the same statistic and this one waits.
 
     Attributes:
         reused: how many were found, by what they are.
@@ -45,8 +46,10 @@ class Statistics:
         root: Path | None = None,
         parts: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
+        note: Callable[[str], object] | None = None,
     ) -> None:
         self._root, self._parts, self._data = root, dict(parts or {}), dict(data or {})
+        self._note = note
         self.reused: Counter[str] = Counter()
         self.computed: Counter[str] = Counter()
         self.findings: list[Problem] = []
@@ -126,7 +129,12 @@ class Statistics:
         if self._root is None:
             yield
             return
-        with self._open() as store, store.claim(make_key(self._key_parts(what, own, data))):
+
+        def waiting() -> None:
+            if self._note is not None:
+                self._note(f"another run measures {what} of this model; waiting for it")
+
+        with self._open() as store, store.claim(make_key(self._key_parts(what, own, data)), waiting):
             yield
 
     @property

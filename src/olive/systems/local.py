@@ -39,8 +39,14 @@ def context(job: Job, progress: Progress, place: Place | None = None) -> PassCon
         step=job.step,
         tracking=job.tracking,
         place=place,
-        statistics=Statistics(kept.root, kept.parts, kept.data) if (kept := job.statistics) else Statistics(),
+        statistics=_statistics(job, progress),
     )
+
+
+def _statistics(job: Job, progress: Progress) -> Statistics:
+    if job.statistics is None:
+        return Statistics()
+    return Statistics(job.statistics.root, job.statistics.parts, job.statistics.data, progress.note)
 
 
 def execute(job: Job, progress: Progress, place: Place | None = None) -> tuple[JobResult, PassContext]:
