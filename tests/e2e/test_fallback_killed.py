@@ -134,6 +134,10 @@ def test_other_prompts_begin_at_the_first_rung(killed: Path) -> None:
     body = json.loads(path.read_text())
     body["evaluator"] = "tone"
     path.write_text(json.dumps(body))
-    done = _run(killed)
+    done = _run(killed, Fault(at=r"/failed/ckpt-2\.tmp"))
+    assert done.code == -signal.SIGKILL, done.said
     assert "(in an earlier run)" not in done.said
-    assert "tried again: rungs, gates or prompts have changed" in " ".join(done.said.split())
+    assert "tried again: rungs, gates or prompts changed" in " ".join(done.said.split())
+    done = _run(killed)
+    assert done.said.count("tried again") == 0, "the older record is gone"
+    assert " ".join(done.said.split()).count("(in an earlier run)") == 2  # one rung, told twice

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from olive.errors import GateFailed, Problem, Severity
+from olive.errors import GateFailed, Problem
 from olive.store.journal import Journal
 from olive.store.keys import key as make_key
 
@@ -90,10 +90,8 @@ class Descent:
         if found is None:
             return ladder, []
         if found.state.get("bound") != _json(self._bound()) or not _descend(ladder, found.state["failures"]):
-            message = (
-                "rungs that failed in an earlier run are tried again: rungs, gates or prompts have changed"
-            )
-            self.findings.append(Problem(message, severity=Severity.NOTE))
+            self._tell("rungs that failed in an earlier run are tried again: rungs, gates or prompts changed")
+            self._memory.clear()
             return self._make(), []
         for place, gate in enumerate(ladder.failed):
             following = (*ladder.tried, ladder.attempt.text)[place + 1]
