@@ -24,6 +24,7 @@ from olive.passes.quantize.options import choose_within, units_of
 from olive.passes.quantize.targets import CHOICE, Override
 from olive.passes.registry import resolve
 from olive.quantization.knapsack import choose
+from olive.store.statistics import Statistics
 from tiny import tiny_llama
 from training_kit import context, data, rows
 
@@ -75,7 +76,7 @@ def test_losses_come_near_the_true_kl_at_every_setting(tmp_path: Path) -> None:
 
     from olive.models.hf import load_model
     from olive.models.quantised import Layer
-    from olive.passes.quantize.divergence import losses
+    from olive.passes.quantize.divergence import Subject, losses
     from olive.quantization.k_quant import magnitudes, search
     from training_kit import Notes
 
@@ -86,7 +87,8 @@ def test_losses_come_near_the_true_kl_at_every_setting(tmp_path: Path) -> None:
     names = list(targets.chosen(describe(tmp_path / "m"), resolve("Rtn").Params()))
     before = {name: model.get_submodule(name).weight.clone() for name in names}
     real = torch.ones_like(ids, dtype=torch.bool)
-    found, scales = losses(model, [(ids, real)], dict.fromkeys(names, settings), 0, Notes())
+    subject = Subject(lambda: model, lambda: [(ids, real)], {}, None, 0)
+    found, scales = losses(subject, dict.fromkeys(names, settings), Notes(), Statistics())
     assert all(value > 0 for value in scales.values())
     pairs = []
     with torch.no_grad():

@@ -46,12 +46,12 @@ def configure_ls(parser: Parser) -> None:
 
 
 def ls(args: argparse.Namespace) -> int:
-    """List stored results, newest first."""
+    """List stored results and statistics, newest first."""
     from olive.report.console import columns, relative
     from olive.report.figures import duration, size
 
     store = _store(args)
-    entries = sorted(store.entries(), key=lambda entry: -entry.created)
+    entries = sorted(_entries(store), key=lambda entry: -entry.created)
     if args.json:
         print(json.dumps([_facts(entry) for entry in entries], indent=2))
         return 0
@@ -71,8 +71,18 @@ def ls(args: argparse.Namespace) -> int:
     if entries:
         print("\n".join(columns(rows, indent="")))
     total = sum(entry.size for entry in entries)
-    print(f"{len(entries)} results, {size(total)} in {relative(store.root)}")
+    print(f"{_counted(entries)}, {size(total)} in {relative(store.root)}")
     return 0
+
+
+def _entries(store: Store) -> list[Entry]:
+    """Results and statistics."""
+    return [entry for area in store.areas() for entry in area.entries()]
+
+
+def _counted(entries: list[Entry]) -> str:
+    statistics = sum(entry.meta.get("type") == "statistics" for entry in entries)
+    return f"{len(entries) - statistics} results" + (f", {statistics} statistics" if statistics else "")
 
 
 def _facts(entry: Entry) -> dict[str, Any]:
@@ -169,7 +179,7 @@ def _why(store: Store, planned: Plan, name: str, model: Artifact) -> list[str]:
 
 
 def _find(store: Store, prefix: str) -> Entry:
-    found = [entry for entry in store.entries() if entry.key.startswith(prefix.lower())]
+    found = [entry for entry in _entries(store) if entry.key.startswith(prefix.lower())]
     if len(found) != 1:
         what = "no result has" if not found else f"{len(found)} results have"
         raise UsageError(f"{what} a key that starts with {prefix}; olive cache ls lists them")
@@ -201,9 +211,8 @@ def verify(args: argparse.Namespace) -> int:
     if found:
         print(problems(found))
     damaged = [problem for problem in found if problem.severity is not Severity.NOTE]
-    count = sum(1 for _ in store.entries())
     print(
-        f"{count} results in {relative(store.root)} are whole"
+        f"{_counted(_entries(store))} in {relative(store.root)} are whole"
         + ("" if not damaged else f", {len(damaged)} findings")
     )
     return 5 if damaged else 0
@@ -227,6 +236,6 @@ def gc(args: argparse.Namespace) -> int:
 
     store = _store(args)
     freed = store.gc(max_bytes=args.max_size, older_than=args.older_than)
-    left = sum(entry.size for entry in store.entries())
+    left = sum(entry.size for entry in _entries(store))
     print(f"freed {size(freed)}; {size(left)} of results stay in {relative(store.root)}")
     return 0

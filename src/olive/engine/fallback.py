@@ -37,6 +37,11 @@ class Ladder:
         entry: the step; it has rungs only where its parameters allow a fallback.
         info: the model that is quantised.
         machine, target: what the pass's own check is asked about.
+
+    Attributes:
+        attempt: what is to be tried now.
+        failed, tried: of each attempt that failed, its gate and what was changed for it.
+        facts: figures of each.
     """
 
     def __init__(self, entry: PassEntry, info: ModelInfo, machine: Machine, target: Accelerator) -> None:
@@ -44,6 +49,7 @@ class Ladder:
             raise TypeError(f"{entry.type} is no quantising pass")
         self.attempt = Attempt(entry.type, entry.params)
         self.failed: list[GateResult] = []
+        self.tried: list[str] = []
         self.facts: list[dict[str, Any]] = []
         self._info, self._machine, self._target = info, machine, target
         allowed = entry.params.fallback
@@ -65,6 +71,7 @@ class Ladder:
         self.failed.append(
             GateResult(gate="parity", passed=False, figures=figures, limits=error.limits, text=text)
         )
+        self.tried.append(self.attempt.text)
         self.facts.append(
             {"rung": self.attempt.rung or None, "change": self.attempt.text, "passed": False, **figures}
         )

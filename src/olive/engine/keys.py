@@ -24,6 +24,8 @@ _VARIANTS = {
     "onnxruntime-genai": ("onnxruntime-genai-cuda", "onnxruntime-genai-directml"),
 }
 
+_READERS = ("datasets", "tokenizers")
+
 
 def step_parts(
     entry: PassEntry,
@@ -46,9 +48,7 @@ def step_parts(
     return {
         "format": FORMAT,
         "pass": technique.__name__,
-        "source": {"pass": _source(technique)}
-        | {room: _folder_source(f"olive.{room}") for room in ("models", "quantization")}
-        | ({"data": _folder_source("olive.data")} if names else {}),
+        "source": _sources(technique) | ({"data": folder_source("olive.data")} if names else {}),
         "params": entry.params.model_dump(mode="json"),
         "model": model_part(model),
         "data": {name: data_part(workflow, name, base_dir, memo) for name in names},
@@ -61,6 +61,20 @@ def step_parts(
     }
 
 
+def statistics_parts(
+    entry: PassEntry, model: Artifact, accelerator: Accelerator, machine: Machine
+) -> dict[str, Any]:
+    """Everything that any statistic of a step's model may depend on; none of the step's parameters."""
+    technique = resolve(entry.type)
+    libraries = sorted({*technique.libraries, *_READERS})
+    return {
+        "source": _sources(technique) | {"data": folder_source("olive.data")},
+        "model": model_part(model),
+        "libraries": {name: library_version(name, machine) for name in libraries},
+        "device": accelerator.device,
+    }
+
+
 def evaluation_parts(
     evaluator: Evaluator, model: Artifact, workflow: Workflow, machine: Machine, base_dir: Path, memo: Path
 ) -> dict[str, Any]:
@@ -69,7 +83,7 @@ def evaluation_parts(
     return {
         "format": FORMAT,
         "source": {
-            room: _folder_source(f"olive.{room}") for room in ("evaluation", "data", "models", "quantization")
+            room: folder_source(f"olive.{room}") for room in ("evaluation", "data", "models", "quantization")
         },
         "evaluator": evaluator.model_dump(mode="json"),
         "model": model_part(model),
@@ -126,16 +140,22 @@ def _hardware_part(
     return {name: values[name] for name in technique.hardware}
 
 
+def _sources(technique: type[Pass[Any]]) -> dict[str, str]:
+    rooms = {room: folder_source(f"olive.{room}") for room in ("models", "quantization")}
+    return {"pass": _source(technique)} | rooms
+
+
 def _source(technique: type[Pass[Any]]) -> str:
     """Digest of the pass's own folder: the pass and the helpers beside it."""
     package = technique.__module__.rpartition(".")[0]
     if package:
-        return _folder_source(package)
+        return folder_source(package)
     return hashlib.sha256(inspect.getsource(sys.modules[technique.__module__]).encode()).hexdigest()
 
 
 @cache
-def _folder_source(package: str) -> str:
+def folder_source(package: str) -> str:
+    """Digest of the sources below a package."""
     spec = importlib.util.find_spec(package)
     roots = list(spec.submodule_search_locations or ()) if spec else []
     digest = hashlib.sha256()

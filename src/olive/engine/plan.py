@@ -15,6 +15,8 @@ from olive.data.plan import Preview, look, preview
 from olive.data.rows import is_local
 from olive.data.rows import where as place_of
 from olive.data.split import split_seed
+from olive.engine.bits import BitsByStep
+from olive.engine.defects import defect
 from olive.engine.devices import (
     accelerator_of,
     check_devices,
@@ -36,6 +38,7 @@ from olive.models.graph import describe_graph, takes_tokens
 from olive.models.hf import describe, native_architecture, needs_remote_code
 from olive.models.quantised import METHOD, format_of, method_of
 from olive.passes.base import Cost, Pass
+from olive.passes.bits import PlannedBits
 from olive.passes.registry import resolve
 from olive.resources.digest import files_digest, folder_digest
 from olive.resources.resolve import locate
@@ -58,6 +61,7 @@ class PlannedStep:
         key: cache key; None until the step before it has run.
         cached: the store holds its result.
         cost: expected memory, disk and time.
+        bits: which integers it gives how many layers; None where it makes none.
     """
 
     name: str
@@ -72,6 +76,7 @@ class PlannedStep:
     key: str | None
     cached: bool
     cost: Cost
+    bits: PlannedBits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +361,7 @@ def _own_check(
     except OliveError as error:
         yield from error.problems
     except (Exception, SystemExit) as error:  # noqa: BLE001 - third-party code
-        yield _defect(entry, "check", error)
+        yield defect(entry, "check", error)
 
 
 def _dtype(entry: PassEntry, machine: Machine, accelerator: Accelerator) -> str:
@@ -377,16 +382,8 @@ def _estimate(
     except OliveError as error:
         findings.extend(error.problems)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - third-party code
-        findings.append(_defect(entry, "estimate", error))
+        findings.append(defect(entry, "estimate", error))
     return Cost(memory=0, disk=0)
-
-
-def _defect(entry: PassEntry, method: str, error: BaseException) -> Problem:
-    return Problem(
-        f"{entry.type}.{method} raised {type(error).__name__}: {error}",
-        fix="Pass developer: yield Problems and return a Cost; never raise on valid parameters.",
-        exit_code=3,
-    )
 
 
 def _steps(
@@ -399,6 +396,8 @@ def _steps(
     findings: list[Problem],
 ) -> Iterator[PlannedStep]:
     workflow = loaded.workflow
+    # None: layers of a model or a document with errors cannot be told
+    bits = info and model and BitsByStep(info, accelerator_of(workflow, workflow.target), findings)
     for name, entry in workflow.passes.items():
         host = entry.host or workflow.host
         accelerator = accelerator_of(workflow, host)
@@ -414,6 +413,10 @@ def _steps(
                 info, entry.params, machine, accelerator, devices
             )
             findings += check_shares(name, entry, devices, processes)
+        cost = _estimate(entry, info, machine, previews, findings) if info else Cost(memory=0, disk=0)
+        planned = bits.of(entry, model) if bits else None
+        if planned is not None and planned.bytes and not planned.chooses:
+            cost = cost.model_copy(update={"disk": planned.bytes})
         yield PlannedStep(
             name=name,
             type=entry.type,
@@ -426,7 +429,8 @@ def _steps(
             hosts=devices_of(workflow, host).hosts if processes > 1 else 1,
             key=step_key,
             cached=found is not None,
-            cost=_estimate(entry, info, machine, previews, findings) if info else Cost(memory=0, disk=0),
+            cost=cost,
+            bits=planned,
         )
         model = None if found is None or model is None else stored_artifact(found, model)
 

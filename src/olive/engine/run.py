@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from olive.config.workflow import Evaluator, PassEntry
 from olive.data.rows import is_local
+from olive.engine.descent import Descent, Refused
 from olive.engine.devices import accelerator_of, devices_of, host_number
 from olive.engine.follow import follow
 from olive.engine.gates.compare import References
-from olive.engine.keys import data_names, evaluation_parts
+from olive.engine.keys import data_names, data_part, evaluation_parts, folder_source, statistics_parts
 from olive.engine.output import MODEL, TRACKING
 from olive.engine.plan import Plan, PlannedStep, parts_of, stored_artifact
 from olive.engine.prompts import rendered_sample, sample_prompts
@@ -29,9 +29,10 @@ from olive.models.artifact import Artifact
 from olive.models.hf import describe
 from olive.passes.base import PassContext, Progress
 from olive.passes.registry import resolve
+from olive.store.journal import Journal
 from olive.store.keys import key as make_key
 from olive.store.store import Entry, Store
-from olive.systems.job import Job
+from olive.systems.job import Job, Kept
 from olive.systems.local import execute, failures_named, prepare_process
 
 if TYPE_CHECKING:
@@ -162,31 +163,36 @@ def _compute(
 
     Where a gate refuses what a quantiser made and its parameters allow a fallback, the next rung is tried.
     """
-    ladder = None
-    if getattr(entry.params, "fallback", False):
-        from olive.engine.fallback import Ladder
-
-        target = accelerator_of(state.plan.workflow, state.plan.workflow.target)
-        ladder = Ladder(entry, describe(model.path), state.plan.machine, target)
-    tried = entry
-    while True:
+    work = state.store.journal(key)
+    if not getattr(entry.params, "fallback", False):
         try:
-            return _attempt(state, name, tried, model, key, parts, ladder)
-        except _Refused as refused:
-            if ladder is None:
-                raise refused.error from None
-            attempt = ladder.descend(refused.error, refused.facts)
-            said = f"{ladder.failed[-1].text}; falling back to {attempt.text}"
-            state.progress.note(f"{name}: {said}")
-            state.findings.append(Problem(said, f"step {name}", severity=Severity.WARNING))
-            tried = entry.model_copy(update={"type": attempt.type, "params": attempt.params})
+            return _attempt(state, name, entry, model, key, parts, work)
+        except Refused as refused:
+            raise refused.error from None
+    from olive.engine.fallback import Ladder
 
+    def ladder() -> Ladder:
+        target = accelerator_of(state.plan.workflow, state.plan.workflow.target)
+        return Ladder(entry, describe(model.path), state.plan.machine, target)
 
-class _Refused(Exception):
-    """A gate refused what a step made."""
+    def bound() -> dict[str, Any]:
+        return {"gates": folder_source("olive.engine"), "prompts": make_key({"ids": _prompts(state)})}
 
-    def __init__(self, error: GateFailed, facts: dict[str, Any]) -> None:
-        self.error, self.facts = error, facts
+    def tell(said: str) -> None:
+        state.progress.note(f"{name}: {said}")
+        state.findings.append(Problem(said, f"step {name}", severity=Severity.WARNING))
+
+    def attempt(at: Ladder, journal: Journal) -> Entry:
+        tried = entry.model_copy(update={"type": at.attempt.type, "params": at.attempt.params})
+        return _attempt(state, name, tried, model, key, parts, journal, at)
+
+    descent = Descent(work, ladder, bound, tell)
+    try:
+        found = descent.run(attempt)
+    finally:
+        state.findings += descent.findings
+    work.clear()
+    return found
 
 
 def _attempt(
@@ -196,13 +202,15 @@ def _attempt(
     model: Artifact,
     key: str,
     parts: dict[str, Any],
-    ladder: Ladder | None,
+    journal: Journal,
+    ladder: Ladder | None = None,
 ) -> Entry:
-    """Run a step, by its entry or by what a fallback made of that, and store it under ``key``."""
+    """Run a step, by its entry or by what a fallback made of that, and store it under ``key``.
+
+    Raises:
+        Refused: by a gate.
+    """
     technique = resolve(entry.type)
-    fallen = ladder is not None and bool(ladder.failed)
-    own = {"fallback": [entry.type, entry.params.model_dump(mode="json")]} if fallen else {}
-    journal = state.store.journal(make_key(parts | own))
     needed = state.planned(name).cost.disk
     with state.store.stage(needed=needed) as staging:
         job = _job(state, name, entry, model, staging.path, journal.path)
@@ -212,9 +220,10 @@ def _attempt(
             with failures_named(job.place, job.out):
                 gates = _gates(state, job, ctx)
         except GateFailed as error:
-            journal.clear()
-            raise _Refused(error, result.facts) from error
-        if ladder is not None and fallen:
+            if ladder is None:
+                journal.clear()
+            raise Refused(error, result.facts) from error
+        if ladder is not None and ladder.failed:
             result.facts["fallback"] = ladder.passed(gates)
             gates = [*ladder.failed, *gates]
         meta = {
@@ -252,6 +261,11 @@ def _job(state: _Run, name: str, entry: PassEntry, model: Artifact, out: Path, j
         out=out,
         journal=journal,
         tracking=plan.output_dir / TRACKING,
+        statistics=Kept(
+            root=plan.store_root,
+            parts=statistics_parts(entry, model, accelerator_of(workflow, host), plan.machine),
+            data={data: data_part(workflow, data, plan.base_dir, state.memo) for data in data_names(entry)},
+        ),
         processes=planned.processes,
         strategy=planned.strategy,
         hosts=planned.hosts,
@@ -280,35 +294,24 @@ def _step_result(name: str, entry: Entry, cached: bool) -> StepResult:
 
 def _gates(state: _Run, job: Job, ctx: PassContext) -> list[GateResult]:
     """Hold what a step made against its gates; a failure raises and nothing is stored."""
-    from olive.engine.gates import bundle, graph, integers, merge, parity
+    from olive.engine.gates.hold import hold
 
-    checks: dict[str, Callable[..., GateResult]] = {
-        "merge": merge.check,
-        "parity": parity.check,
-        "bundle": bundle.check,
-        "integers": integers.check,
-        "graph": graph.check,
-    }
-    asked = []
+    gates, asked = state.plan.workflow.gates, []
     for name in resolve(job.type).gates_of(job.model.kind):
-        if getattr(state.plan.workflow.gates, name).enabled:
+        if getattr(gates, name).enabled:
             asked.append(name)
             continue
         message = f"the {name} gate is switched off by the document"
         state.findings.append(Problem(message, job.step, severity=Severity.WARNING))
-    if set(asked) - {"graph"} and state.prompts is None:
+    told = set(asked) - {"graph"}  # a plain graph may know no text
+    return hold(job, ctx, asked, gates, _prompts(state) if told else [], state.known)
+
+
+def _prompts(state: _Run) -> list[list[int]]:
+    """Token ids of the prompts that gates compare on."""
+    if state.prompts is None:
         state.prompts = sample_prompts(state.plan, state.plan.workflow.gates.parity.prompts)
-
-    def hold(name: str) -> GateResult:
-        settings = getattr(state.plan.workflow.gates, name)
-        return checks[name](job.model, job.out, settings, ctx, state.prompts, state.known)
-
-    # The second of two waits for a process of its own: both at once.
-    with ThreadPoolExecutor(1) as beside:
-        others = [beside.submit(hold, name) for name in asked[1:]]
-        for name in asked:
-            state.progress.note(f"{name} gate")
-        return [hold(name) for name in asked[:1]] + [other.result() for other in others]
+    return state.prompts
 
 
 def _evaluate(state: _Run, evaluator: Evaluator, model: Artifact) -> tuple[Score, ...]:

@@ -15,7 +15,9 @@ from olive.data.plan import Preview
 from olive.errors import PassFailed, Problem
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
+from olive.passes.bits import PlannedBits
 from olive.store.journal import Journal
+from olive.store.statistics import Statistics
 
 P = TypeVar("P", bound=PassParams)
 
@@ -86,6 +88,7 @@ class PassContext:
         step: name of the step in the document.
         tracking: folder for experiment trackers, in the output folder; made when one is asked for.
         place: among the processes that run the pass together.
+        statistics: of the model, which other steps may have computed or may go on from.
     """
 
     out: Path
@@ -102,6 +105,7 @@ class PassContext:
     step: str = "run"
     tracking: Path | None = None
     place: Place = Place()
+    statistics: Statistics = field(default_factory=Statistics)
 
 
 class Pass(ABC, Generic[P]):
@@ -175,6 +179,15 @@ class Pass(ABC, Generic[P]):
     def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
         """Expected peak memory, disk and time; ``data`` counts the rows and tokens of each data config."""
         return Cost(memory=0, disk=0)
+
+    def bits(
+        self, model: ModelInfo, params: P, target: Accelerator, before: PlannedBits | None
+    ) -> PlannedBits | None:
+        """Which integers the layers will get, by tensor headers; None for a pass that makes none.
+
+        ``before`` is what the step before this one chooses, where it has not run yet.
+        """
+        return None
 
     def processes(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator, devices: Devices

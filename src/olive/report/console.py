@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from olive.data.plan import Preview
     from olive.engine.plan import Plan, PlannedStep
     from olive.engine.result import RunResult
+    from olive.passes.bits import PlannedBits
 
 WIDTH = 80
 
@@ -145,6 +146,8 @@ def plan_view(plan: Plan) -> str:
         chosen = {name: value for name, value in given.items() if name not in ("type", "host", "evaluator")}
         if chosen:
             lines += ["", f"Settings of {step.name}", *labelled("", _params(chosen))]
+        if step.bits is not None:
+            lines += ["", f"Bits of {step.name}", *_bits(step.bits)]
     for name, shown in plan.previews.items():
         lines += ["", f"Data {name}", *_preview(shown)]
     if plan.findings:
@@ -173,6 +176,32 @@ def _planned(step: PlannedStep) -> list[str]:
         f"~{figures.duration(cost.seconds)}" if cost.seconds else "–",
         state,
     ]
+
+
+def _bits(planned: PlannedBits) -> list[str]:
+    """How many layers get how many bits, and the bytes of what comes out."""
+    ways = [
+        f"{one.layers} at {one.bits} bits, {_block(one.group_size)}{', symmetric' if one.symmetric else ''}, "
+        f"{figures.size(one.bytes)}"
+        for one in planned.settings
+    ]
+    if not ways:
+        how = (
+            f"at one of {planned.options} settings that are measured first"
+            if planned.chooses
+            else "as the step before it chooses"
+        )
+        ways = [f"{planned.layers}, each {how}"]
+    lines = [line for place, way in enumerate(ways) for line in labelled("" if place else "layers", way)]
+    if planned.bytes is not None:
+        roughly = "at most " if planned.at_most else "about " if planned.about else ""
+        what = "for these layers" if planned.chooses else "for all tensors of the model"
+        lines += labelled("bytes", f"{roughly}{figures.size(planned.bytes)} {what}")
+    return lines
+
+
+def _block(size: int) -> str:
+    return "a row a block" if size == -1 else f"blocks of {size}"
 
 
 def _params(chosen: dict[str, object]) -> str:

@@ -39,6 +39,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                     "key": step.key,
                     "cached": step.cached,
                     "cost": step.cost.model_dump(mode="json"),
+                    "bits": step.bits.model_dump(mode="json") if step.bits else None,
                 }
                 for step in plan.steps
             ],

@@ -15,18 +15,18 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from olive.errors import EnvironmentFault, OliveError, Problem, Severity
+from olive.store.entry import Entry as Entry
+from olive.store.entry import Staging as Staging
 from olive.store.faults import environment_fault, free_bytes, full_disk, reported
 from olive.store.integrity import (
     FILES,
     FORMAT,
     MANIFEST,
     DamagedError,
-    FileTable,
     check_files,
     parse_table,
     read_manifest,
@@ -44,40 +44,6 @@ from olive.store.leftovers import Leftovers, discard
 from olive.store.materialise import materialise
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A stored result.
-
-    Attributes:
-        key: 64 hex digits.
-        path: the folder of its files; to be read only.
-        digest: sha256 over names, sizes and content of the files, hex.
-        size: bytes of all files.
-        meta: JSON facts kept with it.
-        inputs: the labelled parts its key was made of.
-        created: seconds since the epoch, UTC.
-        used: seconds since the epoch when it was last looked up.
-        files: name -> (bytes, sha256).
-    """
-
-    key: str
-    path: Path
-    digest: str
-    size: int
-    meta: dict[str, Any]
-    inputs: dict[str, Any]
-    created: float
-    used: float
-    files: FileTable = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Staging:
-    """A folder to make a result in. Gone when its context ends, published or not."""
-
-    path: Path
-
-
 class Store:
     """A folder of results that many processes may share.
 
@@ -86,14 +52,18 @@ class Store:
 
     Args:
         root: its folder; made when first written to.
+        area: ``entries``: results of steps; ``statistics``: what was measured on the way. Lookups see one
+            area; ``gc`` and ``verify`` of the first take both.
 
     Attributes:
         root: that folder.
+        area: that area.
         findings: damage met so far.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, area: Literal["entries", "statistics"] = "entries") -> None:
         self.root = Path(root).expanduser().absolute()
+        self.area = area
         self.findings: list[Problem] = []
         self._leases = Leases(self.root / "leases")
         self._leftovers = Leftovers(self.root, self._leases)
@@ -249,6 +219,10 @@ class Store:
         with doing, self._leases.alone(f"output-{place}"):
             return materialise(entry.path, entry.files, entry.digest, int(entry.created), Path(dest))
 
+    def areas(self) -> tuple[Store, ...]:
+        """This area of the store, and beside the results of steps that of statistics."""
+        return (self, Store(self.root, "statistics")) if self.area == "entries" else (self,)
+
     def entries(self) -> Iterator[Entry]:
         """Every entry whose manifest reads; contents are not checked (``verify`` does)."""
         for key in self._keys():
@@ -282,29 +256,30 @@ class Store:
         with reported(self.root, "cleaning the store"):
             freed = self._leftovers.sweep()
             now = datetime.datetime.now(datetime.UTC).timestamp()
-            entries = sorted(self.entries(), key=lambda entry: entry.used)
-            total = sum(entry.size for entry in entries)
-            for entry in entries:
+            found = [(entry, area) for area in self.areas() for entry in area.entries()]
+            total = sum(entry.size for entry, _ in found)
+            for entry, area in sorted(found, key=lambda each: each[0].used):
                 old = older_than is not None and now - entry.used > older_than
                 if old or (max_bytes is not None and total > max_bytes):
-                    gone = self._evict(entry.key)
+                    gone = area._evict(entry.key)
                     freed += gone
                     total -= entry.size if gone else 0
         return freed
 
     def verify(self) -> list[Problem]:
         """Hold every entry against its manifest; damaged ones are set aside. Leftovers are listed."""
-        before = len(self.findings)
         found: list[Problem] = []
-        for key in list(self._keys()):
-            try:
-                held = key in self._kept
-                self.lookup(key)
-                if not held:
-                    self._let_go(key)
-            except EnvironmentFault as fault:
-                found.extend(fault.problems)
-        found.extend(self.findings[before:])
+        for area in self.areas():
+            before = len(area.findings)
+            for key in list(area._keys()):
+                try:
+                    held = key in area._kept
+                    area.lookup(key)
+                    if not held:
+                        area._let_go(key)
+                except EnvironmentFault as fault:
+                    found.extend(fault.problems)
+            found.extend(area.findings[before:])
         found.extend(self._leftovers.problems())
         return found
 
@@ -314,10 +289,10 @@ class Store:
             self._kept.popitem()[1].release()
 
     def _folder(self, key: str) -> Path:
-        return self.root / "entries" / require_key(key)
+        return self.root / self.area / require_key(key)
 
     def _keys(self) -> list[str]:
-        folder = self.root / "entries"
+        folder = self.root / self.area
         return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
     def _keep(self, key: str) -> None:
@@ -362,13 +337,14 @@ class Store:
         """Set the very folder aside that was found damaged, not one that another process put there since."""
         aside = self.root / "quarantine" / f"{key}-{uuid.uuid4().hex}"
         aside.parent.mkdir(parents=True, exist_ok=True)
+        what = "result" if self.area == "entries" else "statistic"
         self._let_go(key)
         with self._leases.idle(key), contextlib.suppress(FileNotFoundError):
             if _identity(self._folder(key)) == identity:
                 os.rename(self._folder(key), aside)
                 self.findings.append(
                     Problem(
-                        f"the stored result {key[:12]} is damaged ({damage}): set aside, to be made again",
+                        f"the stored {what} {key[:12]} is damaged ({damage}): set aside, to be made again",
                         where=str(aside),
                         fix="check the disk if this happens again",
                         severity=Severity.WARNING,

@@ -11,6 +11,20 @@ from olive.errors import Problem
 from olive.models.artifact import Artifact
 
 
+class Kept(Frozen):
+    """Where a job finds and keeps statistics of its model, as ``Statistics`` takes it.
+
+    Attributes:
+        root: the store's folder.
+        parts: what every statistic of the step depends on.
+        data: name of a data config -> what identifies its rows.
+    """
+
+    root: Path
+    parts: dict[str, Any]
+    data: dict[str, Any] = {}
+
+
 class Job(Frozen):
     """One pass on one model.
 
@@ -25,6 +39,7 @@ class Job(Frozen):
         out: empty staging folder.
         journal: folder of the step's checkpoints.
         tracking: folder for experiment trackers.
+        statistics: where statistics are kept; None for nowhere.
         processes: how many processes run it together, on all hosts.
         strategy: how they share the model: ``ddp`` or ``fsdp``.
         hosts, host: how many machines they run on, and which of them this is.
@@ -42,6 +57,7 @@ class Job(Frozen):
     out: Path
     journal: Path
     tracking: Path | None = None
+    statistics: Kept | None = None
     processes: int = 1
     strategy: str = "ddp"
     hosts: int = 1

@@ -19,6 +19,7 @@ from olive.passes.base import Pass, PassContext, Place, Progress
 from olive.passes.registry import resolve
 from olive.store.faults import environment_fault, full_disk
 from olive.store.journal import Journal
+from olive.store.statistics import Statistics
 from olive.systems.job import Job, JobResult
 
 
@@ -39,7 +40,14 @@ def context(job: Job, progress: Progress, place: Place | None = None) -> PassCon
         step=job.step,
         tracking=job.tracking,
         place=place,
+        statistics=_statistics(job, progress),
     )
+
+
+def _statistics(job: Job, progress: Progress) -> Statistics:
+    if job.statistics is None:
+        return Statistics()
+    return Statistics(job.statistics.root, job.statistics.parts, job.statistics.data, progress.note)
 
 
 def execute(job: Job, progress: Progress, place: Place | None = None) -> tuple[JobResult, PassContext]:
@@ -78,6 +86,8 @@ def execute(job: Job, progress: Progress, place: Place | None = None) -> tuple[J
 
 def _result(ctx: PassContext, seconds: float) -> JobResult:
     """What the pass recorded; it has to fit into JSON, which knows no NaN."""
+    if counts := ctx.statistics.counts:
+        ctx.facts["statistics"] = counts
     try:
         json.dumps([ctx.attributes, ctx.facts, ctx.series], allow_nan=False)
         return JobResult(
@@ -86,7 +96,7 @@ def _result(ctx: PassContext, seconds: float) -> JobResult:
             series=ctx.series,
             seconds=seconds,
             peak_memory=peak_memory(),
-            findings=tuple(ctx.journal.findings),
+            findings=(*ctx.journal.findings, *ctx.statistics.findings),
         )
     except (TypeError, ValueError) as error:
         raise PassFailed(

@@ -82,10 +82,24 @@ class Calibration:
 
 
 def of(params: CalibrationParams, model: Artifact, ctx: PassContext) -> Calibration:
-    """The rows that the parameters of a pass ask for."""
-    return read(
-        ctx.data[params.data_config or ""], model.path, ctx.base_dir, params.calibration_tokens, params.seed
-    )
+    """The rows that the parameters of a pass ask for: kept for every step that asks for the same."""
+    import torch
+
+    config = ctx.data[params.data_config or ""]
+
+    def compute() -> dict[str, torch.Tensor]:
+        rows = read(config, model.path, ctx.base_dir, params.calibration_tokens, params.seed).rows
+        ids = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
+        return {"ids": ids, "lengths": torch.tensor([len(row) for row in rows], dtype=torch.int32)}
+
+    found = ctx.statistics.of("rows", drawn(params), compute, data=config.name)
+    parts = found["ids"].split(found["lengths"].tolist())
+    return Calibration(tuple(tuple(part.tolist()) for part in parts))
+
+
+def drawn(params: CalibrationParams) -> dict[str, int]:
+    """What rows depend on beside data and tokenizer."""
+    return {"tokens": params.calibration_tokens, "seed": params.seed}
 
 
 def read(config: DataConfig, folder: Path, base_dir: Path, tokens: int, seed: int) -> Calibration:

@@ -17,6 +17,7 @@ from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import describe
 from olive.models.quantised import Layer
 from olive.passes.base import Cost, Pass, PassContext
+from olive.passes.bits import PlannedBits, counted
 from olive.passes.quantize import calibration, precision, targets
 from olive.passes.quantize.calibration import CalibrationParams
 from olive.passes.quantize.options import (
@@ -28,7 +29,7 @@ from olive.passes.quantize.options import (
     units_of,
     weights_of,
 )
-from olive.passes.quantize.targets import Bits, Override
+from olive.passes.quantize.targets import Bits
 
 _SCORED = ("snr", "snr_relative", "iqe", "iqe_relative", "kld_gradient")
 
@@ -143,6 +144,29 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
             seconds=5.0 + model.parameters * (2e-7 + 6e-10 * tokens),
         )
 
+    def bits(
+        self, model: ModelInfo, params: Params, target: Accelerator, before: PlannedBits | None
+    ) -> PlannedBits | None:
+        """What a rule chooses; of a budget, its bytes and how many settings there are to choose from."""
+        options = options_of(model, params, target.execution_provider)
+        if not params.algorithm.startswith("k_quant"):
+            return PlannedBits(
+                layers=len(options),
+                options=max(map(len, options.values()), default=0),
+                bytes=budget_of(model, params, options),
+                at_most=True,
+                chooses=True,
+            )
+        choice = _by_rule(model, params, options)
+        sizes = {name: bytes_of(model, name, layer) for name, layer in choice.items()}
+        return PlannedBits(
+            settings=counted(choice, sizes),
+            layers=len(choice),
+            bytes=sum(sizes.values()),
+            chooses=True,
+            choice=choice,
+        )
+
     def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:
         """Copy the model and write the choice beside it.
 
@@ -154,8 +178,7 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
         info = describe(model.path)
         options = options_of(info, params, ctx.target.execution_provider)
         if params.algorithm.startswith("k_quant"):
-            rich = precision.preset(params.algorithm, options, int(info.config["num_hidden_layers"]))
-            choice = {name: many[name in rich] for name, many in options.items()}
+            choice = _by_rule(info, params, options)
         else:
             choice = self._measured(model, info, params, options, ctx)
         for path in sorted(model.path.rglob("*")):
@@ -163,13 +186,7 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
                 target = ctx.out / path.relative_to(model.path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 copy_file(path, target)
-        precision.write(
-            ctx.out,
-            {
-                name: Override(bits=one.bits, group_size=one.group_size, symmetric=one.symmetric)
-                for name, one in choice.items()
-            },
-        )
+        precision.write(ctx.out, precision.overrides(choice))
         size = sum(bytes_of(info, name, layer) for name, layer in choice.items())
         weights = sum(weights_of(info, name) for name in choice)
         ctx.facts |= {
@@ -227,17 +244,28 @@ class SelectiveMixedPrecision(Pass["SelectiveMixedPrecision.Params"]):
         import torch
 
         from olive.models.hf import load_model
-        from olive.passes.quantize.divergence import losses
+        from olive.passes.quantize.divergence import Subject, losses
 
-        rows = calibration.of(params, model, ctx)
         if ctx.accelerator.device == "cpu":
             torch.set_num_threads(max(1, ctx.machine.cores))
         device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
-        network = load_model(model.path, dtype="float32").to(device).requires_grad_(False).eval()
-        found, ctx.facts["corrections"] = losses(
-            network, rows.batches(_BATCH), options, params.seed, ctx.progress
+        subject = Subject(
+            lambda: load_model(model.path, dtype="float32").to(device).requires_grad_(False).eval(),
+            lambda: calibration.of(params, model, ctx).batches(_BATCH),
+            calibration.drawn(params) | {"batch": _BATCH},
+            params.data_config,
+            params.seed,
         )
+        found, ctx.facts["corrections"] = losses(subject, options, ctx.progress, ctx.statistics)
         return found
+
+
+def _by_rule(
+    info: ModelInfo, params: SelectiveMixedPrecision.Params, options: Mapping[str, tuple[Layer, ...]]
+) -> dict[str, Layer]:
+    """The settings of a named rule."""
+    rich = precision.preset(params.algorithm, options, int(info.config["num_hidden_layers"]))
+    return {name: many[name in rich] for name, many in options.items()}
 
 
 _BATCH = 1024  # tokens whose activations are held for the backward pass

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from olive.errors import ConfigError
-from olive.models.quantised import HEAD
+from olive.models.quantised import HEAD, Layer
 from olive.passes.quantize.targets import CHOICE, Override, number_of
 
 _INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"})
@@ -37,6 +37,14 @@ def _rich(name: str, count: int, kinds: frozenset[str]) -> bool:
         return False
     outer = 8 * number < count or 8 * number >= 7 * count
     return outer or (number - count // 8) % 3 == 2
+
+
+def overrides(choice: Mapping[str, Layer]) -> dict[str, Override]:
+    """A choice as the next quantiser takes it."""
+    return {
+        name: Override(bits=one.bits, group_size=one.group_size, symmetric=one.symmetric)
+        for name, one in choice.items()
+    }
 
 
 def write(folder: Path, choice: Mapping[str, Override]) -> None:

@@ -19,7 +19,8 @@ from olive.models.hf import describe, open_model
 from olive.models.quantised import EMBEDDING, HEAD, Layer
 from olive.models.stream import LazyTensors
 from olive.passes.base import Cost, Pass, PassContext
-from olive.passes.quantize import targets
+from olive.passes.bits import PlannedBits, counted
+from olive.passes.quantize import precision, targets
 from olive.passes.quantize.shelf import Row, Shelf
 from olive.passes.quantize.targets import QuantizeParams
 from olive.passes.quantize.writer import write_folder
@@ -63,6 +64,24 @@ class Quantiser(Pass[P]):
         )
 
     seconds_each: ClassVar[float] = 3e-8
+
+    def bits(
+        self, model: ModelInfo, params: P, target: Accelerator, before: PlannedBits | None
+    ) -> PlannedBits | None:
+        """By the document and by the choice before it; within its budget where that has to be measured."""
+        from olive.passes.quantize.options import bytes_of
+
+        choice = None if before is None else precision.overrides(before.choice)
+        chosen = targets.chosen(model, params, choice)
+        if not chosen:
+            return None
+        sizes = {name: bytes_of(model, name, layer) for name, layer in chosen.items()}
+        total = stored_bytes(model, params, chosen)
+        if before is None or before.choice:
+            return PlannedBits(settings=counted(chosen, sizes), layers=len(chosen), bytes=total)
+        same = before.layers == len(chosen) and not params.overrides and before.bytes is not None
+        allowed = total - sum(sizes.values()) + before.bytes if same and before.bytes is not None else None
+        return PlannedBits(layers=len(chosen), options=before.options, bytes=allowed, at_most=True)
 
     def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
         """Quantise ``model`` into ``ctx.out``.
@@ -200,9 +219,9 @@ def measure(
     return row | {"seconds": round(time.perf_counter() - began, 4)} | more
 
 
-def stored_bytes(model: ModelInfo, params: QuantizeParams) -> int:
-    """Bytes of the tensors that will be written."""
-    chosen = targets.chosen(model, params)
+def stored_bytes(model: ModelInfo, params: QuantizeParams, chosen: Mapping[str, Layer] | None = None) -> int:
+    """Bytes of the tensors that will be written; ``chosen`` is how, by default as beside the model."""
+    chosen = targets.chosen(model, params) if chosen is None else chosen
     total = 0
     for name, (code, shape) in model.tensors.items():
         layer = name.removesuffix(".weight")

@@ -84,12 +84,17 @@ def number_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def chosen(info: ModelInfo, params: QuantizeParams) -> dict[str, Layer]:
-    """Name of each layer to quantise -> how; in order of the decoder layers, the head last."""
+def chosen(
+    info: ModelInfo, params: QuantizeParams, choice: Mapping[str, Override] | None = None
+) -> dict[str, Layer]:
+    """Name of each layer to quantise -> how; in order of the decoder layers, the head last.
+
+    ``choice`` is an earlier pass's; by default the one beside the model.
+    """
     from olive.passes.quantize import precision
 
     found: dict[str, Layer] = {}
-    choice = precision.read(info.path)
+    choice = precision.read(info.path) if choice is None else choice
     for name, (code, shape) in info.tensors.items():
         layer = name.removesuffix(".weight")
         if layer == name or len(shape) != 2 or code not in _FLOATS or number_of(name) is None:
