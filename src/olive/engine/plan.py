@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olive.config.base import PassParams
 from olive.config.loader import Loaded
-from olive.config.workflow import Accelerator, DataConfig, OnnxModel, PassEntry, Workflow
+from olive.config.workflow import Accelerator, DataConfig, PassEntry, Workflow
 from olive.data.plan import Preview, look, preview
 from olive.data.rows import is_local
 from olive.data.rows import where as place_of
 from olive.data.split import split_seed
 from olive.engine.bits import BitsByStep
+from olive.engine.chain import check_passes
 from olive.engine.defects import defect
 from olive.engine.devices import (
     accelerator_of,
@@ -24,24 +24,20 @@ from olive.engine.devices import (
     devices_of,
     host_number,
 )
-from olive.engine.keys import data_names, library_version, step_parts
+from olive.engine.given import check_trust, given_model
+from olive.engine.keys import data_names, step_parts
 from olive.engine.output import check_output
 from olive.engine.resources import check_resources, check_writable
-from olive.errors import ConfigError, OliveError, Problem, Severity
+from olive.errors import OliveError, Problem, Severity
 from olive.evaluation.check import check_evaluator
 from olive.hardware.machine import Machine
 from olive.hardware.probe import disk_free, probe, training_dtype
 from olive.hardware.tested import check as check_versions
 from olive.models.artifact import Artifact, Kind, ModelInfo
-from olive.models.foreign.gguf_folder import unfolded
-from olive.models.graph import describe_graph, takes_tokens
-from olive.models.hf import describe, native_architecture, needs_remote_code
-from olive.models.quantised import METHOD, format_of, method_of
-from olive.passes.base import Cost, Pass
+from olive.models.graph import takes_tokens
+from olive.passes.base import Cost
 from olive.passes.bits import PlannedBits
 from olive.passes.registry import resolve
-from olive.resources.digest import files_digest, folder_digest
-from olive.resources.resolve import locate
 from olive.store.keys import key as make_key
 from olive.store.store import Store
 
@@ -118,12 +114,12 @@ def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | No
     findings: list[Problem] = [*loaded.findings, *check_versions(machine.packages)]
     findings += check_devices(workflow, machine)
     findings += check_output(out, root)
-    info, model = _input(loaded, root, findings)
+    info, model = given_model(loaded, root, findings)
     if info is not None:
-        findings += _check_trust(workflow, info)
+        findings += check_trust(workflow, info)
         findings += [Problem(note, "input_model", severity=Severity.NOTE) for note in info.notes]
     previews = _previews(loaded, info, machine, findings)
-    findings += _check_passes(workflow, info, machine)
+    findings += check_passes(workflow, info, machine)
     for name in {entry.evaluator for entry in workflow.passes.values()} | {workflow.evaluator}:
         if name is not None:
             findings += check_evaluator(workflow.evaluators[name], workflow)
@@ -156,80 +152,6 @@ def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | No
         output_dir=out,
         disk_free=disk_free(root),
     )
-
-
-def _graph_input(loaded: Loaded, root: Path) -> tuple[ModelInfo, Artifact]:
-    """A graph and the files that belong to it: those of its folder, unless one file of it is named."""
-    given, memo = loaded.workflow.input_model, root / "digests.json"
-    assert isinstance(given, OnnxModel)  # noqa: S101 - the caller has looked
-    path = locate(given.model_path, loaded.base_dir)
-    if path.is_dir() and (path / "genai_config.json").is_file() and given.onnx_file_name is None:
-        return describe(path), Artifact(kind=Kind.GENAI, path=path, digest=folder_digest(path, memo))
-    folder = path if path.is_dir() else path.parent
-    found = sorted(item.name for item in folder.glob("*.onnx"))
-    file = given.onnx_file_name or (path.name if path.is_file() else found[0] if len(found) == 1 else None)
-    if file is None or not (folder / file).is_file():
-        raise ConfigError(
-            f"{folder} holds {', '.join(found) or 'no .onnx file'}"
-            + (f", and no {file}" if file else ": which one is meant is not said"),
-            where="input_model",
-            fix="Name the file in model_path.",
-        )
-    info = describe_graph(folder, file)
-    if path.is_dir() and len(found) == 1:
-        return info, Artifact(kind=Kind.ONNX, path=folder, digest=folder_digest(folder, memo))
-    assert info.graph is not None  # noqa: S101 - describe_graph gives one
-    digest = files_digest(folder, [file, *info.graph.files], memo)
-    return info, Artifact(kind=Kind.ONNX, path=folder, digest=digest, attributes={"file": file})
-
-
-def input_artifact(loaded: Loaded, folder: Path, root: Path) -> Artifact:
-    """The input model, digested."""
-    memo = root / "digests.json"
-    given = loaded.workflow.input_model
-    base = Artifact(kind=Kind.HF, path=folder, digest=folder_digest(folder, memo))
-    if given.adapter_path is None:
-        return base
-    adapter = locate(given.adapter_path, loaded.base_dir)
-    return Artifact(kind=Kind.ADAPTER, path=adapter, digest=folder_digest(adapter, memo), base=base)
-
-
-def _input(loaded: Loaded, root: Path, findings: list[Problem]) -> tuple[ModelInfo | None, Artifact | None]:
-    given = loaded.workflow.input_model
-    try:
-        if isinstance(given, OnnxModel):
-            return _graph_input(loaded, root)
-        folder = unfolded(locate(given.model_path, loaded.base_dir, given.load_kwargs.revision), root)
-        info, model = describe(folder), input_artifact(loaded, folder, root)
-        if model.kind is Kind.ADAPTER:
-            info = info.model_copy(update={"adapter": model.path})
-        return info, model
-    except OliveError as error:
-        findings.extend(error.problems)
-        return None, None
-
-
-def _check_trust(workflow: Workflow, info: ModelInfo) -> Iterator[Problem]:
-    if info.kind in (Kind.ONNX, Kind.GENAI):
-        return
-    kwargs = workflow.input_model.load_kwargs
-    native = native_architecture(info)
-    if kwargs.trust_remote_code and native:
-        yield Problem(
-            f"trust_remote_code has no effect: transformers knows {info.architecture} itself",
-            "input_model.load_kwargs",
-            "Drop it.",
-            Severity.NOTE,
-        )
-    elif not native and needs_remote_code(info.config):
-        pinned = kwargs.revision is not None and len(kwargs.revision) == 40
-        if not (kwargs.trust_remote_code and pinned):
-            yield Problem(
-                f"{info.architecture} runs code from the model's folder",
-                "input_model.load_kwargs",
-                "Read the code, then set trust_remote_code: true and a revision of 40 hex digits.",
-                exit_code=6,
-            )
 
 
 def _previews(
@@ -285,83 +207,6 @@ def _held_out(workflow: Workflow, name: str) -> tuple[float, int | None]:
             size = getattr(entry.params, "eval_dataset_size", None) or 0
             return size, split_seed(getattr(entry.params, "training_args", {}))
     return 0, None
-
-
-def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) -> Iterator[Problem]:
-    graph = info is not None and info.kind in (Kind.ONNX, Kind.GENAI)
-    kind = Kind.ADAPTER if workflow.input_model.adapter_path else info.kind if graph and info else Kind.HF
-    before, stored = PassParams(), format_of(info.config) if info is not None else None
-    integers, given = False, info is not None and method_of(info.config) == METHOD
-    for name, entry in workflow.passes.items():
-        technique: Pass[Any] = resolve(entry.type)()
-        where = f"passes.{name}"
-        if kind not in technique.accepts:
-            wanted = " or ".join(item.value for item in technique.accepts)
-            yield Problem(
-                f"{entry.type} takes a model of kind {wanted}, and what comes before it makes {kind.value}",
-                where,
-                "Reorder the passes"
-                + (
-                    ", or put LoRA before it."
-                    if Kind.ADAPTER in technique.accepts
-                    else ", or put ModelBuilder before it."
-                    if Kind.ONNX in technique.accepts
-                    else ", or put MergeAdapterWeights before it."
-                ),
-            )
-        if integers:
-            for problem in (
-                *technique.check_integers(entry.params),
-                *technique.check_settings(entry.params, before),
-            ):
-                located = where if problem.where is None else f"{where}.{problem.where}"
-                yield Problem(problem.message, located, problem.fix, problem.severity, problem.exit_code)
-        if technique.needs_integers and not (integers or given):
-            yield Problem(
-                f"{entry.type} takes a model of integers, and none comes before it",
-                where,
-                "Put a quantising pass before it, e.g. KQuant.",
-            )
-        if given and not (technique.reads_integers or technique.makes_integers):
-            yield Problem(
-                f"{entry.type} takes a model in floating point, and the input model is stored as integers "
-                f"({stored})",
-                where,
-                "Use the model in floating point as input_model.",
-            )
-        kind = technique.makes(kind)
-        integers, given, before = technique.makes_integers, False, entry.params
-        missing = [name for name in technique.libraries if library_version(name, machine) is None]
-        if missing:
-            ours = type(technique).__module__.startswith("olive.")
-            what = f"'olive-next[{technique.extra}]'" if ours else " ".join(missing)
-            yield Problem(
-                f"{entry.type} needs {', '.join(missing)}, not installed",
-                where,
-                f"pip install {what}",
-                exit_code=5,
-            )
-        if info is not None:
-            made_for = "execution_provider" in technique.hardware
-            system = workflow.target if made_for else entry.host or workflow.host
-            accelerator = accelerator_of(workflow, system)
-            for problem in _own_check(technique, info, entry, machine, accelerator):
-                if missing and problem.exit_code in (3, 5):  # what a missing library leads to
-                    continue
-                located = where if problem.where is None else f"{where}.{problem.where}"
-                yield Problem(problem.message, located, problem.fix, problem.severity, problem.exit_code)
-
-
-def _own_check(
-    technique: Pass[Any], info: ModelInfo, entry: PassEntry, machine: Machine, accelerator: Accelerator
-) -> Iterator[Problem]:
-    """What the pass itself finds; its own defects are told to its developer."""
-    try:
-        yield from technique.check(info, entry.params, machine, accelerator)
-    except OliveError as error:
-        yield from error.problems
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - third-party code
-        yield defect(entry, "check", error)
 
 
 def _dtype(entry: PassEntry, machine: Machine, accelerator: Accelerator) -> str:
