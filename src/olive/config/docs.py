@@ -134,7 +134,7 @@ def _say(annotation: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{json.dumps(value)}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(_say(part) for part in arguments if part is not type(None))
+        return " or ".join(dict.fromkeys(_say(part) for part in arguments if part is not type(None)))
     if origin in (tuple, list):
         return f"list of {_say(arguments[0])}"
     if origin is not None and issubclass(origin, Mapping):
