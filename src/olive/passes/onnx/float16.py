@@ -51,9 +51,7 @@ class OnnxFloatToFloat16(GraphPass["OnnxFloatToFloat16.Params"]):
         op_include_list: tuple[str, ...] | None = Field(
             None, description="Types of operators that become float16, and no others."
         )
-        node_block_list: tuple[str, ...] | None = Field(
-            None, description="Names of nodes that stay float32."
-        )
+        node_block_list: tuple[str, ...] | None = Field(None, description="Names of nodes that stay float32.")
         node_include_list: tuple[str, ...] | None = Field(
             None, description="Names of nodes that become float16, and no others."
         )
@@ -83,7 +81,9 @@ class OnnxFloatToFloat16(GraphPass["OnnxFloatToFloat16.Params"]):
         elif accelerator.execution_provider == CPU:
             yield on_cpu()
 
-    def estimate(self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]) -> Cost:
+    def estimate(
+        self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
+    ) -> Cost:
         """One matrix at a time."""
         return half_cost(model)
 

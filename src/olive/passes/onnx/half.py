@@ -169,7 +169,9 @@ class _Conversion:
             or any(_sequence(known, variable) for variable in (*known.inputs, *known.outputs))
         )
         able = set() if known is None or exact else self._able(node, known)
-        chosen = {variable for variable in able if known and self._runs(node.op_type, domain, known, variable)}
+        chosen = {
+            variable for variable in able if known and self._runs(node.op_type, domain, known, variable)
+        }
         self._give_types(node, known)
         is_cast = node.op_type == "Cast" and domain == ""
         for place, name in enumerate(node.input):

@@ -18,7 +18,7 @@ from olive.passes.onnx.graph_pass import GraphPass
 from olive.passes.onnx.graphs import Graph, graph_file
 
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # of float16, above 0
-_THROUGH = ("Add", "Cast", "Identity", "Reshape")
+_THROUGH = ("Add", "Cast", "Identity", "Reshape")  # an addition of a bias
 _BLOCKED = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "Relu", "Add")
 
 
@@ -33,9 +33,7 @@ class OrtMixedPrecision(GraphPass["OrtMixedPrecision.Params"]):
     class Params(PassParams):
         """Names of Olive 0.13."""
 
-        op_block_list: tuple[str, ...] = Field(
-            _BLOCKED, description="Types of operators that stay float32."
-        )
+        op_block_list: tuple[str, ...] = Field(_BLOCKED, description="Types of operators that stay float32.")
         atol: float = Field(
             1e-6, ge=0, description="Change of a head's weight that says float16 does not hold it."
         )
@@ -49,7 +47,9 @@ class OrtMixedPrecision(GraphPass["OrtMixedPrecision.Params"]):
         elif accelerator.execution_provider == CPU:
             yield on_cpu()
 
-    def estimate(self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]) -> Cost:
+    def estimate(
+        self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
+    ) -> Cost:
         """One matrix at a time."""
         return half_cost(model)
 
@@ -69,7 +69,9 @@ class OrtMixedPrecision(GraphPass["OrtMixedPrecision.Params"]):
         found = _head(graph, output)
         change = None
         if found is None:
-            ctx.progress.note(f"no product with a weight gives {output}: all but op_block_list goes to float16")
+            ctx.progress.note(
+                f"no product with a weight gives {output}: all but op_block_list goes to float16"
+            )
         else:
             change = _change(graph, found[1])
         exact = change is not None and change < params.atol
@@ -96,7 +98,8 @@ def _head(graph: Graph, output: str) -> tuple[str, str] | None:
     makers = {name: node for node in graph.graph.node for name in node.output}
     node = makers.get(output)
     while node is not None and node.op_type in _THROUGH:
-        node = next((makers[name] for name in node.input if name in makers), None)
+        before = [makers[name] for name in node.input if name in makers]
+        node = before[0] if len(before) == 1 else None
     if node is None or node.op_type not in ("MatMul", "Gemm"):
         return None
     if not node.name:
