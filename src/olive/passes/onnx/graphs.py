@@ -9,35 +9,22 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from olive.errors import ConfigError, PassFailed, UntrustedInput
+from olive.passes.onnx.stored import Stored, byte_count, from_buffer, shares_bytes, write_tensor
 from olive.store.copying import copy_file
 
 if TYPE_CHECKING:
     import numpy as np
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-_INSIDE = 1024  # bytes of a weight that stays in the graph's own file
-_PAGE, _ALLOCATION = 4096, 65536  # offsets that a reader can map: Linux, Windows
+__all__ = ["Graph", "Stored", "graph_file"]
+
 _AGAIN = "Copy or export the model again."
-
-
-class Stored(NamedTuple):
-    """A weight as it is stored.
-
-    Attributes:
-        data: array; of 4-bit types the bytes, two values in each, the first in the low half.
-        data_type: ``TensorProto.DataType``.
-        dims: shape of the tensor.
-    """
-
-    data: np.ndarray
-    data_type: int
-    dims: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -52,12 +39,20 @@ def graph_file(folder: Path) -> Path:
     """The graph of a model folder: of a bundle its decoder, else the only ``*.onnx``.
 
     Raises:
-        ConfigError: none, or several.
+        ConfigError: none, or several, or a bundle that does not say.
+        UntrustedInput: a bundle whose graph is not beside its settings.
     """
     bundle = folder / "genai_config.json"
     if bundle.is_file():
-        name = json.loads(bundle.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
-        return folder / str(name)
+        try:
+            name = str(json.loads(bundle.read_text(encoding="utf-8"))["model"]["decoder"]["filename"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{bundle} names no decoder: {error!r}", fix=_AGAIN) from error
+        if Path(name).name != name:
+            raise UntrustedInput(
+                f"{bundle} names a graph in another folder: {name!r}", fix="Keep the graph beside it."
+            )
+        return folder / name
     found = sorted(folder.glob("*.onnx"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
@@ -75,6 +70,7 @@ class Graph:
         model: the ModelProto; weights with external data have none in memory.
         weights: name -> TensorProto of the initializers of the main graph, in their order. Constants in nodes
             of the main graph are among them.
+        files: the graph's file and the files of its external data, as it was read.
 
     Raises:
         ConfigError: the file is no ONNX model.
@@ -84,7 +80,7 @@ class Graph:
 
     def __init__(self, path: Path) -> None:
         import onnx
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
         self.path = path
         try:
@@ -93,12 +89,13 @@ class Graph:
             raise ConfigError(f"{path} is no ONNX model: {error}", fix=_AGAIN) from error
         self._maps: dict[Path, mmap.mmap] = {}
         self._sources: dict[str, _Source] = {}
-        self._load_inner()
         self._lift_constants()
+        self._load_inner()
         self.weights: dict[str, TensorProto] = {one.name: one for one in self.graph.initializer}
-        for tensor in self.weights.values():
-            if self._is_outside(tensor):
-                self._place(tensor)
+        self._as_read = dict(self.weights)
+        self.files: frozenset[Path] = frozenset(
+            {path, *(self._place(one)[0] for one in self.weights.values() if self._is_outside(one))}
+        )
 
     @property
     def graph(self) -> GraphProto:
@@ -108,7 +105,9 @@ class Graph:
     @property
     def opset(self) -> int:
         """Version of the standard operators."""
-        return max((one.version for one in self.model.opset_import if one.domain in ("", "ai.onnx")), default=1)
+        return max(
+            (one.version for one in self.model.opset_import if one.domain in ("", "ai.onnx")), default=1
+        )
 
     def need_opset(self, domain: str, version: int) -> None:
         """Declare a domain of operators, or raise its version; of the standard ones call the converter."""
@@ -118,40 +117,45 @@ class Graph:
                 return
         self.model.opset_import.add(domain=domain, version=version)
 
-    @property
-    def files(self) -> set[Path]:
-        """The graph's file and the files of its external data."""
-        return {self.path, *(self._place(t)[0] for t in self.weights.values() if self._is_outside(t))}
-
     def array(self, name: str) -> np.ndarray:
         """A weight as it is now; read-only, a view of its file where it has one. 4-bit types: their bytes."""
         source = self._sources.get(name)
         if source is not None:
             return source.make()[source.names.index(name)].data
+        return self.read(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """A weight as it was read, whatever was put in its place or dropped since; as ``array``."""
         from onnx import numpy_helper
         from onnx.helper import tensor_dtype_to_np_dtype
 
-        tensor = self.weights[name]
-        if not self._is_outside(tensor):
-            if _packed(tensor.data_type) and tensor.raw_data:
-                return _frombuffer(tensor.raw_data, "uint8")
+        tensor = self._as_read[name]
+        if not tensor.data_location:
+            if shares_bytes(tensor.data_type):
+                return from_buffer(tensor.raw_data or bytes(one & 255 for one in tensor.int32_data), "uint8")
             return numpy_helper.to_array(tensor)
         path, offset, length = self._place(tensor)
-        raw = _frombuffer(memoryview(self._map(path))[offset : offset + length], "uint8")
-        if _packed(tensor.data_type):
+        mapped = self._map(path) if length else b""
+        raw = from_buffer(memoryview(mapped)[offset : offset + length], "uint8")
+        if shares_bytes(tensor.data_type):
             return raw
         return raw.view(tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a weight of the model as it was read."""
-        return tuple(self.weights[name].dims)
+        return tuple(self._as_read[name].dims)
+
+    def data_type(self, name: str) -> int:
+        """``TensorProto.DataType`` of a weight of the model as it was read."""
+        return int(self._as_read[name].data_type)
 
     def put(self, names: tuple[str, ...], make: Callable[[], tuple[Stored, ...]]) -> None:
         """Add weights, or put others in the place of those of these names.
 
         Args:
             names: of the initializers.
-            make: gives them, in this order; called once when the model is written.
+            make: gives them, in this order; called once when the model is written. What it makes them of it
+                takes from ``read``.
         """
         from onnx import TensorProto
 
@@ -167,18 +171,55 @@ class Graph:
         stored = Stored(value, np_dtype_to_tensor_dtype(value.dtype), value.shape)
         self.put((name,), lambda: (stored,))
 
+    def raise_opset(self, version: int) -> None:
+        """Convert the standard operators to those of ``version``; call it before ``put``.
+
+        Raises:
+            PassFailed: ONNX cannot convert one of them.
+        """
+        from onnx.version_converter import ConvertError, convert_version
+
+        if self.opset >= version:
+            return
+        try:
+            self.model = convert_version(self.model, version)
+        except (ConvertError, RuntimeError) as error:
+            raise PassFailed(
+                f"{self.path.name} has operators of version {self.opset} that ONNX does not convert to those "
+                f"of {version}: {error}",
+                fix=f"Export the model again with an opset of {version}.",
+            ) from error
+        self._lift_constants()
+        self.weights = {one.name: one for one in self.graph.initializer}
+        self._as_read = dict(self.weights)
+
     def drop_unused(self) -> None:
-        """Forget weights that nothing reads."""
+        """Forget weights that nothing reads; where older models list them among the inputs, there too."""
         read = {output.name for output in self.graph.output} | set(_inputs(self.graph))
         for name in [name for name in self.weights if name not in read]:
             del self.weights[name]
             self._sources.pop(name, None)
+            for place in reversed(range(len(self.graph.input))):
+                if self.graph.input[place].name == name:
+                    del self.graph.input[place]
+
+    def replace(self, made: Mapping[int, Sequence[NodeProto]]) -> None:
+        """Put other nodes in the place of some.
+
+        Args:
+            made: position of a node of the main graph -> what stands there then; may be empty.
+        """
+        nodes = [_copy(node) for place, old in enumerate(self.graph.node) for node in made.get(place, (old,))]
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
 
     def readers(self, name: str) -> list[NodeProto]:
         """Nodes of the main graph that take the value ``name``."""
         return [node for node in self.graph.node if name in node.input]
 
-    def save(self, folder: Path, name: str | None = None, *, done: Callable[[str], None] = lambda _: None) -> Path:
+    def save(
+        self, folder: Path, name: str | None = None, *, done: Callable[[str], None] = lambda _: None
+    ) -> Path:
         """Write the model to ``folder``: the graph, and beside it ``<name>.data`` with its weights.
 
         Args:
@@ -187,7 +228,7 @@ class Graph:
             done: told the name of each weight that is written.
 
         Raises:
-            PassFailed: a weight is NaN where the one it stands for was not, or the disk is full.
+            OSError: the disk is full.
         """
         from onnx import TensorProto
 
@@ -210,7 +251,7 @@ class Graph:
                     stored = Stored(self.array(weight), tensor.data_type, tuple(tensor.dims))
                 new.data_type = stored.data_type
                 new.dims.extend(stored.dims)
-                _write(file, new, stored.data)
+                write_tensor(file, new, stored.data)
                 made.append(new)
                 del stored
                 done(weight)
@@ -243,12 +284,15 @@ class Graph:
         path = (root / location).resolve()
         if not location or Path(location).is_absolute() or root not in path.parents:
             raise UntrustedInput(
-                f"{self.path.name}: the weight {tensor.name} lies outside of the model's folder: {location!r}",
+                f"{self.path.name}: the weight {tensor.name} lies outside of the model's folder: "
+                f"{location!r}",
                 fix="Keep the weights beside the graph.",
             )
-        offset = int(told.get("offset") or 0)
-        needed = _bytes(tensor)
-        length = int(told.get("length") or needed)
+        needed = byte_count(tensor)
+        try:
+            offset, length = int(told.get("offset") or 0), int(told.get("length") or needed)
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: no place of {tensor.name}: {error}", fix=_AGAIN) from error
         size = path.stat().st_size if path.is_file() else 0
         if length != needed or offset < 0 or offset + length > size:
             raise PassFailed(
@@ -272,9 +316,8 @@ class Graph:
 
     def _load_inner(self) -> None:
         """Weights of subgraphs and functions into memory: they are small."""
-        own = {id(one) for one in self.graph.initializer}
-        for tensor in _tensors(self.graph):
-            if id(tensor) not in own and tensor.data_location:
+        for tensor in (one for part in (self.graph, *self.model.functions) for one in _inner_tensors(part)):
+            if tensor.data_location:
                 path, offset, length = self._place(tensor)
                 with path.open("rb") as file:
                     file.seek(offset)
@@ -284,18 +327,15 @@ class Graph:
 
     def _lift_constants(self) -> None:
         """Turn nodes that only give a tensor into initializers."""
-        kept = []
-        for node in self.graph.node:
+        lifted: dict[int, tuple[NodeProto, ...]] = {}
+        for place, node in enumerate(self.graph.node):
             value = next((a.t for a in node.attribute if a.name == "value"), None)
             if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and value is not None:
                 self.graph.initializer.add().CopyFrom(value)
                 self.graph.initializer[-1].name = node.output[0]
-            else:
-                kept.append(node)
-        if len(kept) < len(self.graph.node):
-            kept = [_copy(node) for node in kept]
-            del self.graph.node[:]
-            self.graph.node.extend(kept)
+                lifted[place] = ()
+        if lifted:
+            self.replace(lifted)
 
 
 def _copy(node: NodeProto) -> NodeProto:
@@ -304,59 +344,16 @@ def _copy(node: NodeProto) -> NodeProto:
     return made
 
 
-def _frombuffer(data: Any, dtype: str) -> np.ndarray:
-    import numpy as np
-
-    return np.frombuffer(data, dtype)
-
-
-def _packed(data_type: int) -> bool:
-    """Whether several values share a byte."""
-    return _bits(data_type) < 8
-
-
-def _bits(data_type: int) -> int:
-    from onnx import TensorProto
-    from onnx.helper import tensor_dtype_to_np_dtype
-
-    narrow = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
-    name = TensorProto.DataType.Name(data_type)
-    return narrow.get(name) or 8 * int(tensor_dtype_to_np_dtype(data_type).itemsize)
-
-
-def _bytes(tensor: TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return -(-count * _bits(tensor.data_type) // 8)
-
-
-def _write(file: Any, tensor: TensorProto, data: np.ndarray) -> None:
-    """Put ``data`` into the tensor, or into the file and its place into the tensor."""
-    import numpy as np
-
-    data = np.ascontiguousarray(data)
-    if data.nbytes < _INSIDE:
-        tensor.raw_data = data.tobytes()
-        return
-    step = _ALLOCATION if data.nbytes >= 1 << 20 else _PAGE
-    offset = -(-file.tell() // step) * step
-    file.seek(offset)
-    file.write(memoryview(data.reshape(-1).view(np.uint8)))
-    tensor.data_location = 1
-    for key, value in (("location", Path(file.name).name), ("offset", offset), ("length", data.nbytes)):
-        tensor.external_data.add(key=key, value=str(value))
-
-
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
+def _inner_tensors(part: GraphProto | FunctionProto) -> Iterator[TensorProto]:
+    """Tensors in attributes, and the initializers of subgraphs, at any depth."""
+    for node in part.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
             for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors(inner)
+                yield from inner.initializer
+                yield from _inner_tensors(inner)
 
 
 def _inputs(graph: GraphProto) -> Iterator[str]:

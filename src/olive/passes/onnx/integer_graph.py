@@ -130,7 +130,9 @@ def _prepared(model: Artifact, params: IntegerParams, ctx: PassContext) -> Itera
     with TemporaryDirectory(prefix="olive-", dir=ctx.out.parent) as name:
         folder = Path(name)
         copy = Graph(graph.path).save(folder, "source.onnx")
-        path, notes = preprocess.prepare(copy, folder, params.quant_preprocess)
+        lists = (params.op_types_to_quantize, params.op_types_to_exclude)
+        named = any((*lists, params.nodes_to_quantize, params.nodes_to_exclude))
+        path, notes = preprocess.prepare(copy, folder, optimise=params.quant_preprocess, named=named)
         for note in notes:
             ctx.progress.note(note)
         yield _Work(graph, path, folder, *_left(path, params))

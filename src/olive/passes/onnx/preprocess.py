@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
 
 OLDEST = 11  # version of the operators that the quantised ones fit
+_JOINED = "MatMulAddFusion"  # makes a Gemm of them
 
 
-def prepare(path: Path, folder: Path, optimise: bool) -> tuple[Path, list[str]]:
+def prepare(path: Path, folder: Path, *, optimise: bool, named: bool) -> tuple[Path, list[str]]:
     """Write a graph that is ready to be quantised.
 
     Args:
         path: of the graph.
         folder: where to write it.
         optimise: fold constants and join nodes as onnxruntime does at any run.
+        named: whether the document names nodes or operators, which then keep their names.
 
     Returns:
         the graph's path, and what could not be done.
@@ -47,7 +49,7 @@ def prepare(path: Path, folder: Path, optimise: bool) -> tuple[Path, list[str]]:
         if not _infer(model):
             notes.append("symbolic shapes could not be told; values of unknown type stay in floating point")
         path.write_bytes(model.SerializeToString())
-        made = _optimised(path, folder)
+        made = _optimised(path, folder, [_JOINED] if named else [])
         if made is None:
             notes.append("onnxruntime could not fold constants; the graph is quantised as it is")
         else:
@@ -101,7 +103,7 @@ def _infer(model: ModelProto) -> bool:
     return bool(complete)
 
 
-def _optimised(path: Path, folder: Path) -> Path | None:
+def _optimised(path: Path, folder: Path, without: list[str]) -> Path | None:
     """The graph after onnxruntime's basic optimisations, its weights in a file beside it."""
     import onnxruntime
 
@@ -118,7 +120,7 @@ def _optimised(path: Path, folder: Path) -> Path | None:
     )
     try:
         with captured():
-            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=without)
     except Exception:  # noqa: BLE001 - onnxruntime has no common base of its errors
         return None
     return made if made.is_file() else None
