@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,16 +79,21 @@ class Feeds:
         rows: token ids, or rows of the data config; each with its number in the data.
         tokens: whether rows are tokens.
         name: of the data config.
+        cache: heads and head size of past keys, of a bundle that says so.
     """
 
     inputs: tuple[Input, ...]
     rows: Sequence[tuple[int, Any]]
     tokens: bool
     name: str
+    cache: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[Feed]:
         for number, row in self.rows:
-            yield from _token_feeds(self.inputs, row) if self.tokens else (self._columns(number, row),)
+            if self.tokens:
+                yield from _token_feeds(self.inputs, row, self.cache)
+            else:
+                yield self._columns(number, row)
 
     def _columns(self, number: int, row: dict[str, Any]) -> Feed:
         sizes: dict[str, int] = {}
@@ -188,10 +194,29 @@ def _tokens(
             "activations usually are"
         )
     ctx.facts |= {"calibration_rows": len(found.rows), "calibration_tokens": found.tokens}
-    return Feeds(inputs, list(enumerate(found.rows)), True, config.name)
+    return Feeds(inputs, list(enumerate(found.rows)), True, config.name, _cache(folder))
 
 
-def _token_feeds(inputs: tuple[Input, ...], row: Sequence[int]) -> Iterator[Feed]:
+def _cache(folder: Path) -> tuple[int, int] | None:
+    """Heads and head size of the key-value cache, as a bundle says."""
+    try:
+        text = (folder / "genai_config.json").read_text(encoding="utf-8")
+        decoder = json.loads(text)["model"]["decoder"]
+        return int(decoder["num_key_value_heads"]), int(decoder["head_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _empty(shape: tuple[int | str | None, ...], cache: tuple[int, int] | None) -> list[int]:
+    """Shape of a cache before the first token: one row, no positions."""
+    heads, width = cache or (0, 0)
+    known = {0: 1, 1: heads, 3: width} if len(shape) == 4 else {0: 1}
+    return [size if isinstance(size, int) else known.get(place, 0) for place, size in enumerate(shape)]
+
+
+def _token_feeds(
+    inputs: tuple[Input, ...], row: Sequence[int], cache: tuple[int, int] | None
+) -> Iterator[Feed]:
     """Pieces of a row; padded at the right where the graph has a fixed length."""
     import numpy as np
 
@@ -211,12 +236,7 @@ def _token_feeds(inputs: tuple[Input, ...], row: Sequence[int]) -> Iterator[Feed
             if one.name in whole:
                 feed[one.name] = np.array([whole[one.name]], one.dtype)
             else:
-                open_sizes = (1 if place == 0 else 0 for place in range(len(one.shape)))
-                sizes = [
-                    size if isinstance(size, int) else empty
-                    for size, empty in zip(one.shape, open_sizes, strict=True)
-                ]
-                feed[one.name] = np.zeros(sizes, one.dtype)
+                feed[one.name] = np.zeros(_empty(one.shape, cache), one.dtype)
         yield feed
 
 

@@ -55,7 +55,7 @@ def prepare(path: Path, folder: Path, *, optimise: bool, named: bool) -> tuple[P
         else:
             path, model = made, onnx.load(made, load_external_data=False)
             _infer(model)
-    _add(model, onnx.shape_inference.infer_shapes(model).graph.value_info)
+    _tell_shapes(model)
     taken = {node.name for node in model.graph.node}
     for number, node in enumerate(model.graph.node):
         if not node.name:
@@ -76,6 +76,24 @@ def _add(model: ModelProto, found: Iterable[ValueInfoProto]) -> None:
     for one in found:
         if one.name not in known and one.type.tensor_type.elem_type:
             model.graph.value_info.add().CopyFrom(one)
+
+
+def _tell_shapes(model: ModelProto) -> None:
+    """Add what ONNX infers; shapes that contradict it, which some exporters write, are forgotten."""
+    from onnx.shape_inference import InferenceError, infer_shapes
+
+    try:
+        found = infer_shapes(model)
+    except InferenceError:
+        for one in model.graph.value_info:
+            one.type.tensor_type.ClearField("shape")
+        try:
+            found = infer_shapes(model)
+        except InferenceError as error:
+            raise PassFailed(
+                f"the graph contradicts itself: {error}", fix="Export the model again."
+            ) from error
+    _add(model, found.graph.value_info)
 
 
 def _infer(model: ModelProto) -> bool:

@@ -154,8 +154,10 @@ class _Observer:
         self.wanted = wanted + self.outputs
         made_path = path.with_name("calibrated.onnx")
         made_path.write_bytes(model.SerializeToString())
+        self.quiet = onnxruntime.RunOptions()
+        self.quiet.log_severity_level = 4
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self.session = onnxruntime.InferenceSession(
@@ -169,7 +171,7 @@ class _Observer:
     def run(self, feed: dict[str, np.ndarray], number: int) -> list[np.ndarray]:
         """All that is wanted."""
         try:
-            values: list[np.ndarray] = self.session.run(self.wanted, feed)
+            values: list[np.ndarray] = self.session.run(self.wanted, feed, self.quiet)
         except Exception as error:  # onnxruntime has no common base of its errors
             raise PassFailed(
                 f"the graph does not run on feed {number + 1} of the calibration data: {error}",
