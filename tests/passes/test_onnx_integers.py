@@ -1,4 +1,4 @@
-"""Weights and activations of ONNX graphs to integers: scales by hand, ranges by what was fed, what then runs."""
+"""Weights and activations of ONNX graphs to integers: scales by hand, ranges of what was fed, what runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from olive.passes.registry import resolve
 DYNAMIC, STATIC = "OnnxDynamicQuantization", "OnnxStaticQuantization"
 DRAW = np.random.default_rng(7)
 ROWS = [DRAW.normal(size=(3, 16)).astype("float32") for _ in range(16)]
-X = DRAW.normal(size=(5, 16)).astype("float32")
+X = np.concatenate(ROWS[:2])
 
 
 def kinds(folder: Path) -> list[str]:
@@ -63,6 +63,8 @@ def test_scales_and_zero_points_of_weights(
     low, high = np.minimum(weight.min(0), 0), np.maximum(weight.max(0), 0)
     if precision == "int8":
         scale, zero = np.abs(weight).max(0) / 127, np.zeros(8)
+    elif name == STATIC:  # QDQ weights with several scales have one zero point
+        scale, zero = 2 * np.abs(weight).max(0) / 255, np.full(8, 128)
     else:
         scale = (high - low) / 255
         zero = np.round(-low / scale)
@@ -125,9 +127,7 @@ def test_methods_give_other_ranges(tmp_path: Path) -> None:
     scales = {}
     for method in ("MinMax", "Percentile", "Entropy"):
         options = {"CalibPercentile": 99.9} if method == "Percentile" else {}
-        ctx = static(
-            source, tmp_path / method, data, calibrate_method=method, extra_options=options
-        )
+        ctx = static(source, tmp_path / method, data, calibrate_method=method, extra_options=options)
         scales[method] = float(weights_of(ctx.out)["x_scale"])
         assert ctx.facts["calibrate_method"] == method
     assert scales["MinMax"] == pytest.approx((60 - draw.min()) / 255, rel=1e-5)
@@ -138,6 +138,7 @@ def test_methods_give_other_ranges(tmp_path: Path) -> None:
 
 def test_percentiles_and_entropy_against_plain_loops() -> None:
     values = np.random.default_rng(3).laplace(size=20_000).astype("float32")
+    values[0] = 40.0
     one = Histogram(float(np.abs(values).max()))
     for part in np.split(values, 4):
         one.add(part)
@@ -158,9 +159,8 @@ def test_percentiles_and_entropy_against_plain_loops() -> None:
             full = [place for place in range(start, stop) if counts[place] > 0]
             for place in full:
                 got[place] = sum(counts[start:stop]) / len(full)
+        got[-1] = max(got[-1], 1e-4)
         first, second = np.array(wanted) / sum(wanted), np.array(got) / sum(got)
-        if any(p > 0 and q == 0 for p, q in zip(first, second, strict=True)):
-            continue
         lost = sum(p * np.log(p / q) for p, q in zip(first, second, strict=True) if p > 0)
         if lost < best:
             best, cut = lost, size
@@ -180,7 +180,8 @@ def test_percentiles_and_entropy_against_plain_loops() -> None:
 def test_a_convolution_runs_in_both_formats(tmp_path: Path, params: dict[str, Any]) -> None:
     draw = np.random.default_rng(4)
     weights = {
-        "k": draw.normal(size=(8, 3, 3, 3)).astype("float32") * np.geomspace(0.1, 1, 8, dtype="float32")[:, None, None, None],
+        "k": draw.normal(size=(8, 3, 3, 3)).astype("float32")
+        * np.geomspace(0.1, 1, 8, dtype="float32")[:, None, None, None],
         "b": draw.normal(size=8).astype("float32"),
     }
     nodes = [
@@ -189,9 +190,7 @@ def test_a_convolution_runs_in_both_formats(tmp_path: Path, params: dict[str, An
         helper.make_node("GlobalAveragePool", ["r"], ["p"], "pool"),
         helper.make_node("Flatten", ["p"], ["y"], "flat"),
     ]
-    source = save(
-        tmp_path / "source", nodes, {"x": (FLOAT, [1, 3, 8, 8])}, {"y": (FLOAT, [1, 8])}, weights
-    )
+    source = save(tmp_path / "source", nodes, {"x": (FLOAT, [1, 3, 8, 8])}, {"y": (FLOAT, [1, 8])}, weights)
     fed = draw.normal(size=(12, 1, 3, 8, 8)).round(3)
     data = rows(tmp_path / "data", [{"x": one.tolist()} for one in fed])
     ctx = static(source, tmp_path / "made", data, **params)
@@ -340,7 +339,9 @@ def test_nan_in_the_graph_is_named_and_may_be_left_out(tmp_path: Path) -> None:
     source = save(tmp_path / "source", nodes, {"x": (FLOAT, [2, 4])}, {"y": (FLOAT, [2, 4])}, {"w": weight})
     fed = np.random.default_rng(2).normal(size=(8, 2, 4)).round(3)
     data = rows(tmp_path / "data", [{"x": one.tolist()} for one in fed])
-    with pytest.raises(PassFailed, match="feed 1 of the calibration data makes b NaN, written by the Log 'log'"):
+    with pytest.raises(
+        PassFailed, match="feed 1 of the calibration data makes b NaN, written by the Log 'log'"
+    ):
         static(source, tmp_path / "a", data)
     ctx = static(source, tmp_path / "b", data, nodes_to_exclude=["log", "isnan", "where"])
     assert "w_quantized" in weights_of(ctx.out)
@@ -377,7 +378,11 @@ def test_tokens_in_pieces_and_padded_to_a_fixed_length() -> None:
 
 
 def check(
-    name: str, severity: Severity, features: tuple[str, ...], provider: str = "CPUExecutionProvider", **params: Any
+    name: str,
+    severity: Severity,
+    features: tuple[str, ...],
+    provider: str = "CPUExecutionProvider",
+    **params: Any,
 ) -> list[str]:
     technique = resolve(name)
     info = ModelInfo(path=Path("m"), kind=Kind.ONNX, config={}, tensors={})
@@ -394,10 +399,10 @@ OLD, NEW, ARM = ("avx2", "avx512f"), ("avx2", "avx_vnni"), ("asimd",)
     ("params", "features", "severity", "said"),
     [
         ({"data_config": None}, NEW, Severity.ERROR, "nothing to calibrate on"),
-        ({"activation_type": "int8", "precision": "uint8"}, NEW, Severity.ERROR, "no kernel for int8 activations"),
+        ({"activation_type": "int8", "precision": "uint8"}, NEW, Severity.ERROR, "no kernel for int8"),
         ({"quant_format": "QOperator"}, NEW, Severity.ERROR, "without vector instructions"),
         ({"quant_format": "QOperator", "activation_type": "int16"}, NEW, Severity.ERROR, "takes 8 bits"),
-        ({"quant_format": "QOperator", "precision": "int4", "activation_type": "uint8"}, NEW, Severity.ERROR, "takes 8"),
+        ({"quant_format": "QOperator", "precision": "int4"}, NEW, Severity.ERROR, "on int4.* takes 8"),
         ({"precision": "int16", "reduce_range": True}, NEW, Severity.ERROR, "takes a bit off 8-bit"),
         ({"extra_options": {"QuantizeBais": False}}, NEW, Severity.ERROR, "no option 'QuantizeBais'"),
         ({"extra_options": {"SmoothQuant": True}}, NEW, Severity.ERROR, "SmoothQuant has no effect"),
@@ -428,7 +433,10 @@ def test_what_goes_together() -> None:
         assert check(STATIC, Severity.ERROR, features, data_config="d") == []
         assert check(DYNAMIC, Severity.ERROR, features) == []
     assert check(STATIC, Severity.ERROR, ARM, data_config="d", quant_format="QOperator") == []
-    assert check(STATIC, Severity.WARNING, OLD, data_config="d", activation_type="uint8", reduce_range=True) == []
+    assert (
+        check(STATIC, Severity.WARNING, OLD, data_config="d", activation_type="uint8", reduce_range=True)
+        == []
+    )
     assert "no VNNI" in check(DYNAMIC, Severity.WARNING, OLD)[0]
     assert check(DYNAMIC, Severity.WARNING, NEW) == check(DYNAMIC, Severity.WARNING, ARM) == []
     assert "no operators on int16 weights" in check(DYNAMIC, Severity.ERROR, NEW, precision="int16")[0]
@@ -464,7 +472,9 @@ MATMUL = {"op_types_to_quantize": ["MatMul"], "activation_type": "uint8"}
         {"quant_mode": "static", "quant_preprocess": False, "per_channel": True, **MATMUL},
     ],
 )
-def test_a_bundle_stays_one_and_passes_its_gates(exported: Path, tmp_path: Path, params: dict[str, Any]) -> None:
+def test_a_bundle_stays_one_and_passes_its_gates(
+    exported: Path, tmp_path: Path, params: dict[str, Any]
+) -> None:
     data = {"train": training_kit.data(training_kit.rows(tmp_path, 96))}
     given = {"data_config": "train", "calibration_tokens": 1000} if params["quant_mode"] == "static" else {}
     ctx = run("OnnxQuantization", exported, tmp_path / "q", kind=Kind.GENAI, data=data, **params, **given)
@@ -479,7 +489,7 @@ def test_a_bundle_stays_one_and_passes_its_gates(exported: Path, tmp_path: Path,
     assert (ctx.out / "genai_config.json").read_text() == (exported / "genai_config.json").read_text()
     assert len(ctx.facts["layers"]) >= 11
     size = [sum(path.stat().st_size for path in folder.glob("*.onnx.data")) for folder in (exported, ctx.out)]
-    assert size[1] < (0.5 if "op_types_to_quantize" not in params else 0.65) * size[0]
+    assert size[1] < (0.6 if "op_types_to_quantize" not in params else 0.65) * size[0]
 
 
 def test_a_bundle_with_too_little_text(exported: Path, tmp_path: Path) -> None:

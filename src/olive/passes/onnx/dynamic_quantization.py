@@ -29,7 +29,9 @@ class OnnxDynamicQuantization(GraphPass["OnnxDynamicQuantization.Params"]):
         """What the processor and the provider do with it."""
         yield from integer_params.check(params, machine, accelerator.execution_provider, static=False)
 
-    def estimate(self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]) -> Cost:
+    def estimate(
+        self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
+    ) -> Cost:
         """The quantiser holds the weights, and their integers."""
         return integer_params.cost(model)
 

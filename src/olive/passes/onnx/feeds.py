@@ -34,15 +34,15 @@ class FeedParams(PassParams):
 
     data_config: str | None = Field(
         None,
-        description="Data to calibrate on: text for a language model, else rows whose columns are the graph's "
-        "inputs, as nested lists of numbers. Default: what the model was fine-tuned on.",
+        description="Data to calibrate on: text for a language model, else rows whose columns are the "
+        "graph's inputs, as nested lists of numbers. Default: what the model was fine-tuned on.",
         json_schema_extra={"reference": "data_configs", "inherits": "train_data_config"},
     )
     calibration_tokens: int = Field(
         16_384,
         ge=MINIMUM,
-        description="Of a language model: tokens to calibrate on; rows are drawn at random until there are as "
-        "many.",
+        description="Of a language model: tokens to calibrate on; rows are drawn at random until there are "
+        "as many.",
     )
     calibration_rows: int = Field(
         256, ge=1, description="Of any other graph: rows to calibrate on, drawn at random."
@@ -163,8 +163,8 @@ def read(graph: Graph, folder: Path, params: FeedParams, ctx: PassContext) -> Fe
         found = sorted(draw.sample(found, params.calibration_rows), key=lambda one: one[0])
     if len(found) < FEW:
         ctx.progress.note(
-            f"{config.name} has {len(found)} rows: too few to know the usual range of activations; give {FEW} and "
-            "more"
+            f"{config.name} has {len(found)} rows: too few to know the usual range of activations; give "
+            f"{FEW} and more"
         )
     ctx.facts["calibration_rows"] = len(found)
     return Feeds(inputs, found, False, config.name)
@@ -190,8 +190,8 @@ def _tokens(
     found = calibration.read(config, folder, ctx.base_dir, params.calibration_tokens, params.seed)
     if found.tokens < calibration.ENOUGH:
         ctx.progress.note(
-            f"{config.name} has {found.tokens:,} tokens to calibrate on; {calibration.ENOUGH:,} and more say what "
-            "activations usually are"
+            f"{config.name} has {found.tokens:,} tokens to calibrate on; {calibration.ENOUGH:,} and more say "
+            "what activations usually are"
         )
     ctx.facts |= {"calibration_rows": len(found.rows), "calibration_tokens": found.tokens}
     return Feeds(inputs, list(enumerate(found.rows)), True, config.name, _cache(folder))

@@ -129,8 +129,8 @@ def check_bundle(keep: bool | tuple[str, ...], provider: str) -> Iterable[Proble
         yield Problem(
             f"float16 {ATTENTION} fails on {CPU} at the second token",
             where="keep_io_types",
-            fix="Set keep_io_types true: the key-value cache and attention stay float32, and weights are stored in "
-            "float16. Or use ModelBuilder with precision int8 or int4.",
+            fix="Set keep_io_types true: the key-value cache and attention stay float32, weights are stored "
+            "in float16. Or use ModelBuilder with precision int8 or int4.",
         )
     if provider != CPU and keep is True:
         yield Problem(

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from olive.passes.onnx import operators
 from olive.passes.onnx.graphs import Graph, Stored
 from olive.passes.onnx.operators import Signature
+from olive.passes.onnx.subgraphs import captured, rename, type_by_attribute
 
 if TYPE_CHECKING:
     import numpy as np
-    from onnx import GraphProto, NodeProto
+    from onnx import NodeProto
 
 _FLOAT, _HALF = 1, 10  # TensorProto.DataType
 # Operators whose types do not follow from their inputs alone, and those with subgraphs.
 _KEPT = frozenset({"DequantizeLinear", "QuantizeLinear", "If", "Loop", "Scan", "Constant"})
 # Kernels that fail at the second token (onnxruntime 1.32).
 _WRONG = frozenset({("CPUExecutionProvider", "GroupQueryAttention")})
-# Left in float32 unless the document names others; as onnxruntime's converter does: operators without a float16
-# type, and those where 11 bits are too few.
+# Left in float32 unless the document names others, as onnxruntime's converter does: operators without a
+# float16 type, and those where 11 bits are too few.
 DEFAULT_BLOCKED = (
     "ArrayFeatureExtractor", "Binarizer", "CastMap", "CategoryMapper", "DictVectorizer", "FeatureVectorizer",
     "Imputer", "LabelEncoder", "LinearClassifier", "LinearRegressor", "Normalizer", "OneHotEncoder",
     "RandomUniformLike", "SVMClassifier", "SVMRegressor", "Scaler", "TreeEnsembleClassifier",
-    "TreeEnsembleRegressor", "TreeEnsemble", "ZipMap", "NonMaxSuppression", "TopK", "RoiAlign", "Range", "CumSum",
-    "Min", "Max", "Upsample",
+    "TreeEnsembleRegressor", "TreeEnsemble", "ZipMap", "NonMaxSuppression", "TopK", "RoiAlign", "Range",
+    "CumSum", "Min", "Max", "Upsample",
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ class Rules:
         provider: execution provider that will run the graph.
         keep: inputs and outputs that stay float32; True: all of them.
         operators, nodes: types of operators, and names of nodes, that stay float32.
-        low, high: magnitudes of weights that smaller ones, and larger finite ones, become; 0 and infinity stay.
+        low, high: magnitudes that smaller weights, and larger finite ones, become; 0 and infinity stay.
         force: round weights of nodes in float32 too, where rounding them loses nothing.
     """
 
@@ -137,10 +138,10 @@ class _Conversion:
     def run(self) -> Converted:
         inner = self.graph.graph
         for one in inner.input:
-            if self._is_float(one.name) and one.name not in self.graph.weights:
-                if not self.rules.keeps(one.name):
-                    one.type.tensor_type.elem_type = _HALF
-                    self.halves.add(one.name)
+            given = self._is_float(one.name) and one.name not in self.graph.weights
+            if given and not self.rules.keeps(one.name):
+                one.type.tensor_type.elem_type = _HALF
+                self.halves.add(one.name)
         for node in inner.node:
             self._convert(node)
         for name, uses in self.uses.items():
@@ -183,7 +184,7 @@ class _Conversion:
                 self.uses.setdefault(name, []).append(use)
             elif not is_cast:
                 node.input[place] = self._cast(name, variable in chosen, self.nodes)
-        for name in set(_captured(node)):
+        for name in set(captured(node)):
             if name in self.weights or name in self.halves:
                 self._rename_captured(node, name)
         for place, name in enumerate(node.output):
@@ -213,7 +214,7 @@ class _Conversion:
         for place, name in enumerate(node.output):
             if not name or name in self.types:
                 continue
-            found = _type_by_attribute(node, place)
+            found = type_by_attribute(node, place)
             if found is None and known is not None:
                 variable = known.of_output(place)
                 bound = (
@@ -250,7 +251,7 @@ class _Conversion:
         if name in self.weights:
             self.uses.setdefault(name, []).append(_Use(node, -1, half=False, exact=True))
         else:
-            _rename(node, name, self._cast(name, False, self.nodes))
+            rename(node, name, self._cast(name, False, self.nodes))
 
     def _round(self, name: str, uses: list[_Use]) -> None:
         """Put a rounded weight beside, or in the place of, a float32 one."""
@@ -268,7 +269,7 @@ class _Conversion:
         for use in others:
             given = self._cast(made, use.half, self.first, source=True)
             if use.place < 0:
-                _rename(use.node, name, given)
+                rename(use.node, name, given)
             else:
                 use.node.input[use.place] = given
 
@@ -315,7 +316,7 @@ class _Conversion:
                         for place, name in enumerate(names):
                             if name == one.name:
                                 names[place] = inner
-                    _rename(node, one.name, inner)
+                    rename(node, one.name, inner)
                 cast = self._new_name(f"{one.name}_cast")
                 self.nodes.append(make_node("Cast", [inner], [one.name], cast, to=_HALF if half else _FLOAT))
                 self.done.casts += 1
@@ -338,64 +339,6 @@ def _reader(graph: Graph, name: str) -> Callable[[], np.ndarray]:
 def _sequence(known: Signature, variable: str) -> bool:
     """Whether a type variable stands for no tensor."""
     return not any(one.startswith("tensor") for one in known.allowed.get(variable, (variable or "tensor",)))
-
-
-def _type_by_attribute(node: NodeProto, place: int) -> int | None:
-    """Type of an output where an attribute decides it."""
-    given = {one.name: one for one in node.attribute}
-    if node.op_type == "Cast":
-        return given["to"].i if "to" in given else None
-    if node.op_type == "If" and "then_branch" in given:
-        return _element(given["then_branch"].g.output[place])
-    if node.op_type in ("Loop", "Scan") and "body" in given:
-        skipped = 1 if node.op_type == "Loop" else 0  # the condition
-        return _element(given["body"].g.output[place + skipped])
-    if node.op_type == "ConstantOfShape":
-        return int(given["value"].t.data_type) if "value" in given else _FLOAT
-    if node.op_type == "Constant":
-        return _FLOAT if given.keys() & {"value_float", "value_floats"} else None
-    if node.op_type in ("RandomNormal", "RandomUniform", "EyeLike", "Bernoulli", "Multinomial"):
-        return int(given["dtype"].i) if "dtype" in given else _FLOAT if "Random" in node.op_type else None
-    return None
-
-
-def _element(value: Any) -> int | None:
-    return int(value.type.tensor_type.elem_type) or None
-
-
-def _graphs(node: NodeProto) -> Iterator[GraphProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def _captured(node: NodeProto) -> Iterator[str]:
-    """Names from outside that the subgraphs of a node read."""
-    for graph in _graphs(node):
-        own = {one.name for one in (*graph.input, *graph.initializer)}
-        own |= {name for inner in graph.node for name in inner.output}
-        read = [name for inner in graph.node for name in inner.input]
-        read += [name for inner in graph.node for name in _captured(inner)]
-        read += [one.name for one in graph.output]
-        yield from (name for name in read if name and name not in own)
-
-
-def _rename(node: NodeProto, old: str, new: str) -> None:
-    """Let the subgraphs of a node read another value from outside."""
-    for graph in _graphs(node):
-        own = {one.name for one in (*graph.input, *graph.initializer)}
-        own |= {name for inner in graph.node for name in inner.output}
-        if old in own:
-            continue
-        for inner in graph.node:
-            for place, name in enumerate(inner.input):
-                if name == old:
-                    inner.input[place] = new
-            _rename(inner, old, new)
-        for one in graph.output:
-            if one.name == old:
-                one.name = new
 
 
 def _copy(node: NodeProto) -> NodeProto:

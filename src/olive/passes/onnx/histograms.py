@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 BINS = 2048  # of magnitudes
 _LEVELS, _STEP = 128, 8
+_LITTLE = 1e-4  # of a count, in place of none
 
 
 class Histogram:
@@ -39,7 +40,8 @@ class Histogram:
         total = int(self.counts.sum())
         if not total:
             return self.largest
-        place = int(np.searchsorted(np.cumsum(self.counts), percent / 100 * total))
+        wanted = np.ceil(percent / 100 * total - 1e-6)
+        place = int(np.searchsorted(np.cumsum(self.counts), wanted))
         return (min(place, BINS - 1) + 1) / BINS * self.largest
 
     def entropy(self) -> float:
@@ -59,9 +61,8 @@ class Histogram:
             wanted = counts[:width].copy()
             wanted[-1] += counts[width:].sum()
             got = _in_levels(counts[:width])
-            here = (wanted > 0) & (got > 0)
-            if not here.any() or (wanted[~here] > 0).any():
-                continue  # infinite
+            got[-1] = max(got[-1], _LITTLE)  # what is cut off is in an empty bin
+            here = wanted > 0
             first, second = wanted / wanted.sum(), got / got.sum()
             lost = float((first[here] * np.log(first[here] / second[here])).sum())
             if lost < best:

@@ -1,8 +1,8 @@
-"""Weights and activations of a graph to integers by onnxruntime's quantiser, in a folder that is removed after."""
+"""Weights and activations to integers by onnxruntime's quantiser, in a folder that is removed afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from olive.passes.onnx.graphs import Graph, graph_file
 from olive.passes.onnx.integer_layers import table
 
 if TYPE_CHECKING:
+    import numpy as np
     from onnx import ModelProto
 
     from olive.models.artifact import Artifact
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from olive.passes.onnx.integer_params import IntegerParams, StaticParams
 
 _TYPES = {
-    "int4": "QInt4", "uint4": "QUInt4", "int8": "QInt8", "uint8": "QUInt8", "int16": "QInt16", "uint16": "QUInt16",
+    "int4": "QInt4", "uint4": "QUInt4", "int8": "QInt8", "uint8": "QUInt8", "int16": "QInt16",
+    "uint16": "QUInt16",
 }  # fmt: skip
 _NEVER = frozenset({"Cast", "QuantizeLinear", "DequantizeLinear", "If", "Loop", "Scan"})
 _NATIVE = 21  # version of the operators whose QuantizeLinear takes 4 and 16 bits
@@ -184,7 +186,9 @@ def _leave_empty(
     ]
     if left:
         work.without.extend(left)
-        ctx.progress.note(f"{len(left)} nodes have values that calibration leaves empty; they stay: {left[0]} ...")
+        ctx.progress.note(
+            f"{len(left)} nodes have values that calibration leaves empty; they stay: {left[0]} ..."
+        )
 
 
 def _quantise(
@@ -195,6 +199,7 @@ def _quantise(
     params: StaticParams,
     made: Path,
 ) -> None:
+    import numpy as np
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
     from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
@@ -214,16 +219,15 @@ def _quantise(
         options.setdefault("UseQDQContribOps", True)
     types = _float_types(light)
     data = {
-        name: TensorData(lowest=types[name](low), highest=types[name](high)) for name, (low, high) in found.items()
+        name: TensorData(lowest=np.array(low, types[name]), highest=np.array(high, types[name]))
+        for name, (low, high) in found.items()
     }
     tensors = TensorsData(CalibrationMethod[params.calibrate_method], data)
     model = load_model_with_shape_infer(work.path)
     weight, activation = QuantType[_TYPES[params.precision]], QuantType[_TYPES[params.activation_type]]
     rest = (tensors, list(params.nodes_to_quantize or ()), work.without, kinds, options)
     if qdq:
-        made_by: Any = QDQQuantizer(
-            model, params.per_channel, params.reduce_range, weight, activation, *rest
-        )
+        made_by: Any = QDQQuantizer(model, params.per_channel, params.reduce_range, weight, activation, *rest)
     else:
         mode = QuantizationMode.QLinearOps
         made_by = ONNXQuantizer(
@@ -233,16 +237,13 @@ def _quantise(
     made_by.model.save_model_to_file(str(made), True)
 
 
-def _float_types(model: ModelProto) -> dict[str, Callable[[float], Any]]:
+def _float_types(model: ModelProto) -> dict[str, type[np.floating[Any]]]:
     import numpy as np
 
     typed = (*model.graph.value_info, *model.graph.input, *model.graph.output)
-    of = {1: np.float32, 10: np.float16}
-    return {
-        one.name: lambda value, kind=of[one.type.tensor_type.elem_type]: np.array(value, kind)
-        for one in typed
-        if one.type.tensor_type.elem_type in of
-    }
+    of: dict[int, type[np.floating[Any]]] = {1: np.float32, 10: np.float16}
+    kinds = ((one.name, one.type.tensor_type.elem_type) for one in typed)
+    return {name: of[kind] for name, kind in kinds if kind in of}
 
 
 def _overrides(given: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -295,7 +296,7 @@ def _quantiser(made: Path) -> Iterator[None]:
 def _nothing(graph: Graph, kinds: Iterable[str]) -> PassFailed:
     return PassFailed(
         f"{graph.path.name} has nothing to quantise among {', '.join(kinds) or 'its operators'}",
-        fix="Look at op_types_to_quantize, nodes_to_quantize, nodes_to_exclude and the precision of the model.",
+        fix="Look at op_types_to_quantize, nodes_to_quantize, nodes_to_exclude and the model's precision.",
     )
 
 

@@ -38,7 +38,7 @@ def table(before: Graph, after: Graph) -> list[dict[str, Any]]:
         weight = before.array(name)
         codes, bits = _codes(after, integers, weight.size)
         scales = after.array(scale).astype(np.float64)
-        zeros = np.float64(0)
+        zeros: np.ndarray = np.zeros(())
         if zero in after.weights:
             zeros = _codes(after, zero, scales.size)[0].astype(np.float64).reshape(scales.shape)
         axis = axes.get(integers, _axis(before, name, weight.shape, scales.size))
@@ -62,7 +62,6 @@ def table(before: Graph, after: Graph) -> list[dict[str, Any]]:
 def _codes(graph: Graph, name: str, count: int) -> tuple[np.ndarray, int]:
     """Integers and their bits."""
     import numpy as np
-
     from onnx import TensorProto
 
     value, kind = graph.array(name), graph.weights[name].data_type

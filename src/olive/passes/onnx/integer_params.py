@@ -58,7 +58,7 @@ class IntegerParams(PassParams):
     per_channel: bool = Field(False, description="A scale for each output of a weight.")
     reduce_range: bool = Field(
         False,
-        description="Weights of 7 bits, for x86 processors without VNNI, whose sums of 8-bit products overflow.",
+        description="Weights of 7 bits, for x86 processors without VNNI: their sums of products overflow.",
     )
     quant_preprocess: bool = Field(True, description="Fold constants and tell shapes before.")
     activation_symmetric: bool = Field(False, description="No zero points of activations.")
@@ -87,14 +87,16 @@ class StaticParams(IntegerParams, FeedParams):
         "provider fuses as it can; `QOperator`: operators on integers.",
     )
     activation_type: Activation = Field("int8", description="Integers of the activations.")
-    min_real_range: float | None = Field(None, gt=0, description="Ranges of activations are at least so wide.")
+    min_real_range: float | None = Field(
+        None, gt=0, description="Ranges of activations are at least so wide."
+    )
     tensor_quant_overrides: dict[str, list[dict[str, Any]]] | None = Field(
         None, description="Name of a value to its own quant_type, symmetric, rmin, rmax, scale or zero_point."
     )
     prepare_qdq_config: bool = Field(
         True,
-        description="QDQ: quantise every standard operator, so that a processor of integers runs the whole graph; "
-        "else those that gain by it.",
+        description="QDQ: quantise every standard operator, so that a processor of integers runs the whole "
+        "graph; else those that gain by it.",
     )
 
 
@@ -111,6 +113,13 @@ def check(params: IntegerParams, machine: Machine, provider: str, *, static: boo
     if static and isinstance(params, StaticParams):
         yield from _check_static(params, bits, machine, provider)
         eight = params.activation_type == "uint8"
+        if params.quant_format == "QDQ" and params.per_channel and params.weight_symmetric is False:
+            yield Problem(
+                "QDQ weights with a scale for each output are symmetric: weight_symmetric has no effect",
+                where="weight_symmetric",
+                severity=Severity.WARNING,
+                fix="Leave it out, or set per_channel false.",
+            )
     else:
         eight = True  # dynamic activations are uint8
         yield from _check_dynamic(params, bits, provider)
@@ -120,8 +129,8 @@ def check(params: IntegerParams, machine: Machine, provider: str, *, static: boo
         return
     if not vnni and params.precision == "int8" and not params.reduce_range:
         yield Problem(
-            "this processor has no VNNI: sums of uint8 x int8 products overflow 16 bits, and large weights give "
-            "wrong results",
+            "this processor has no VNNI: sums of uint8 x int8 products overflow 16 bits, and large weights "
+            "give wrong results",
             where="reduce_range",
             severity=Severity.WARNING,
             fix="Set reduce_range true, or precision and activation_type uint8.",
@@ -152,8 +161,7 @@ def _check_static(params: StaticParams, bits: int, machine: Machine, provider: s
     if params.quant_format == "QOperator":
         if bits != 8 or activation not in ("int8", "uint8"):
             yield Problem(
-                f"there are no operators on {weight if bits != 8 else activation}: quant_format QOperator takes "
-                "8 bits",
+                f"there are no operators on {weight if bits != 8 else activation}: QOperator takes 8 bits",
                 where="quant_format",
                 fix="Use quant_format QDQ, or 8-bit integers.",
             )
@@ -178,7 +186,9 @@ def _check_static(params: StaticParams, bits: int, machine: Machine, provider: s
         )
     percent = params.extra_options.get("CalibPercentile", 99.999)
     if not isinstance(percent, int | float) or not 0 < percent <= 100:
-        yield Problem(f"CalibPercentile is {percent!r}, not in (0, 100]", where="extra_options.CalibPercentile")
+        yield Problem(
+            f"CalibPercentile is {percent!r}, not in (0, 100]", where="extra_options.CalibPercentile"
+        )
 
 
 def _check_dynamic(params: IntegerParams, bits: int, provider: str) -> Iterable[Problem]:
@@ -196,7 +206,8 @@ def _check_dynamic(params: IntegerParams, bits: int, provider: str) -> Iterable[
         )
     if provider != CPU:
         yield Problem(
-            f"activations are measured by an operator that {provider} may not have: its products then go to the CPU",
+            f"activations are measured by an operator that {provider} may not have: products then go to the "
+            "CPU",
             severity=Severity.WARNING,
             fix="Use OnnxStaticQuantization with quant_format QDQ.",
         )

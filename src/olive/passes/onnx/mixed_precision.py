@@ -23,11 +23,11 @@ _BLOCKED = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", 
 
 
 class OrtMixedPrecision(GraphPass["OrtMixedPrecision.Params"]):
-    """Compute in float16, norms and additions in float32, and the head too if float16 does not hold its weights.
+    """Compute in float16, norms and additions in float32, and the head too where float16 does not hold it.
 
-    The weights of the product that gives the first output tell whether the model was trained in float16: where
-    rounding changes none of them by ``atol``, all weights are stored in float16; else that product and the first
-    output stay float32.
+    The weights of the product that gives the first output tell whether the model was trained in float16:
+    where rounding changes none of them by ``atol``, all weights are stored in float16; else that product and
+    the first output stay float32.
     """
 
     class Params(PassParams):
@@ -69,9 +69,7 @@ class OrtMixedPrecision(GraphPass["OrtMixedPrecision.Params"]):
         found = _head(graph, output)
         change = None
         if found is None:
-            ctx.progress.note(
-                f"no product with a weight gives {output}: all but op_block_list goes to float16"
-            )
+            ctx.progress.note(f"no product with a weight gives {output}: op_block_list alone stays float32")
         else:
             change = _change(graph, found[1])
         exact = change is not None and change < params.atol
@@ -89,7 +87,7 @@ def _check_bundle(provider: str) -> Iterable[Problem]:
     if provider == CPU:
         yield Problem(
             f"float16 attention of a bundle fails on {CPU} at the second token",
-            fix="Use OnnxFloatToFloat16 with keep_io_types true, or ModelBuilder with precision int8 or int4.",
+            fix="Use OnnxFloatToFloat16 with keep_io_types true, or ModelBuilder with int8 or int4.",
         )
 
 

@@ -138,7 +138,9 @@ def _optimised(path: Path, folder: Path, without: list[str]) -> Path | None:
     )
     try:
         with captured():
-            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=without)
+            onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
+            )
     except Exception:  # noqa: BLE001 - onnxruntime has no common base of its errors
         return None
     return made if made.is_file() else None

@@ -24,11 +24,11 @@ class OnnxQuantization(GraphPass["OnnxQuantization.Params"]):
     """OnnxStaticQuantization or OnnxDynamicQuantization, by a parameter."""
 
     class Params(StaticParams):
-        """Settings of quantisation with calibration; those of calibration have no effect in dynamic mode."""
+        """Settings of quantisation with calibration; in dynamic mode those of calibration have no effect."""
 
         quant_mode: Literal["static", "dynamic"] = Field(
             "static",
-            description="`static`: ranges of activations by calibration data; `dynamic`: measured at each run.",
+            description="`static`: ranges of activations by calibration; `dynamic`: measured at each run.",
         )
 
     makes_integers = True
@@ -48,7 +48,9 @@ class OnnxQuantization(GraphPass["OnnxQuantization.Params"]):
                 fix="Leave them out, or set quant_mode static.",
             )
 
-    def estimate(self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]) -> Cost:
+    def estimate(
+        self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
+    ) -> Cost:
         """As the pass of the mode."""
         return integer_params.cost(model)
 
@@ -57,7 +59,7 @@ class OnnxQuantization(GraphPass["OnnxQuantization.Params"]):
 
         Raises:
             ConfigError: calibration data that does not fit the graph.
-            PassFailed: nothing to quantise, a name that the graph does not have, NaN, or the quantiser failed.
+            PassFailed: nothing to quantise, a name that is not in the graph, NaN, or the quantiser failed.
         """
         from olive.passes.onnx.integer_graph import dynamic, static
 

@@ -29,7 +29,7 @@ class How:
     Attributes:
         method: ``MinMax``: all that was seen; ``Percentile``, ``Entropy``: rare large magnitudes are cut off.
         percentile: of magnitudes that stay.
-        moving: weight of a new row in a running average of minimum and maximum; None: the extremes of all rows.
+        moving: weight of a new row in a running average of minimum and maximum; None: extremes of all.
         symmetric: whether minimum and maximum have the same magnitude.
         providers: execution providers to run on.
     """
@@ -41,7 +41,9 @@ class How:
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
 
 
-def tensors(model: ModelProto, kinds: Iterable[str], nodes: Iterable[str], without: Iterable[str]) -> list[str]:
+def tensors(
+    model: ModelProto, kinds: Iterable[str], nodes: Iterable[str], without: Iterable[str]
+) -> list[str]:
     """Values in floating point that some nodes read or write, weights aside, in the order of the graph.
 
     Args:
@@ -91,12 +93,14 @@ def _extremes(path: Path, names: list[str], feeds: Feeds, how: How, progress: Pr
     observer = _Observer(path, names, how, reduced=True)
     found: dict[str, Range] = {}
     for number, feed in enumerate(feeds):
-        lows, highs, outputs = observer.extremes(feed, number)
+        lows, highs, sums, outputs = observer.extremes(feed, number)
+        # extremes may leave NaN out, sums never do
         sound = all(np.isfinite(one).all() for one in outputs if one.dtype.kind == "f")
+        if not sound or not all(np.isfinite(one) for one in sums if one is not None):
+            _check_sound(path, names, feed, number, how)
         for name, low, high in zip(names, lows, highs, strict=True):
             if low is None or high is None:
                 continue
-            sound = sound and bool(np.isfinite(low) and np.isfinite(high))
             old = found.get(name)
             if old is None:
                 found[name] = low, high
@@ -105,8 +109,6 @@ def _extremes(path: Path, names: list[str], feeds: Feeds, how: How, progress: Pr
             else:
                 part = how.moving
                 found[name] = old[0] + part * (low - old[0]), old[1] + part * (high - old[1])
-        if not sound:
-            raise _unsound(path, names, feed, number, how)
         progress.update(min(number + 1, len(feeds.rows)))
     return found
 
@@ -144,10 +146,12 @@ class _Observer:
         wanted = list(names)
         if reduced:
             wanted = []
-            for kind in ("Min", "Max"):
+            for kind in ("Min", "Max", "Sum"):
                 for place, name in enumerate(names):
                     made = f"olive_{kind}_{place}"
-                    model.graph.node.append(helper.make_node(f"Reduce{kind}", [name], [made], made, keepdims=1))
+                    model.graph.node.append(
+                        helper.make_node(f"Reduce{kind}", [name], [made], made, keepdims=1)
+                    )
                     wanted.append(made)
         here = {one.name for one in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in here)
@@ -181,35 +185,38 @@ class _Observer:
 
     def extremes(
         self, feed: dict[str, np.ndarray], number: int
-    ) -> tuple[list[float | None], list[float | None], list[np.ndarray]]:
-        """Minima, maxima, None of what is empty, and the graph's own outputs."""
+    ) -> tuple[list[float | None], list[float | None], list[float | None], list[np.ndarray]]:
+        """Minima, maxima, sums, None of what is empty, and the graph's own outputs."""
         values, count = self.run(feed, number), len(self.names)
-        numbers = [float(one.reshape(-1)[0]) if one.size else None for one in values[: 2 * count]]
-        return numbers[:count], numbers[count:], values[2 * count :]
+        numbers = [float(one.reshape(-1)[0]) if one.size else None for one in values[: 3 * count]]
+        return numbers[:count], numbers[count : 2 * count], numbers[2 * count :], values[3 * count :]
 
     def values(self, feed: dict[str, np.ndarray], number: int) -> Iterator[tuple[str, np.ndarray]]:
         """Name and value."""
         yield from zip(self.names, self.run(feed, number), strict=True)
 
 
-def _unsound(path: Path, names: list[str], feed: dict[str, np.ndarray], number: int, how: How) -> PassFailed:
-    """The first value of the graph that is NaN or infinite."""
+def _check_sound(path: Path, names: list[str], feed: dict[str, np.ndarray], number: int, how: How) -> None:
+    """Name the first value of the graph that is NaN or infinite, of those to be quantised and of its outputs.
+
+    Raises:
+        PassFailed: there is one. A sum of large values may be infinite where none of them is.
+    """
     import numpy as np
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    typed = (*model.graph.value_info, *model.graph.output)
-    floats = {one.name for one in typed if one.type.tensor_type.elem_type in _FLOATS}
-    makers = {name: node for node in model.graph.node for name in node.output if name in floats}
-    observer = _Observer(path, list(makers), how, reduced=False)
+    outputs = {one.name for one in model.graph.output if one.type.tensor_type.elem_type in _FLOATS}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    looked = [name for name in makers if name in outputs or name in names]
+    observer = _Observer(path, looked, how, reduced=False)
     for name, value in observer.values(feed, number):
         if not np.isfinite(value).all():
             node: Any = makers[name]
             what = "NaN" if np.isnan(value).any() else "infinity"
-            return PassFailed(
-                f"feed {number + 1} of the calibration data makes {name} {what}, written by the {node.op_type} "
-                f"{node.name!r}",
-                fix="Look at the data and at the model; if it is meant, name the nodes that read and write it in "
-                "nodes_to_exclude.",
+            raise PassFailed(
+                f"feed {number + 1} of the calibration data makes {name} {what}, written by the "
+                f"{node.op_type} {node.name!r}",
+                fix="Look at the data and at the model; if it is meant, name the nodes that read and write "
+                "it in nodes_to_exclude.",
             )
-    return PassFailed(f"feed {number + 1} of the calibration data has NaN or infinity: {', '.join(names[:3])}")

@@ -29,7 +29,9 @@ class OnnxStaticQuantization(GraphPass["OnnxStaticQuantization.Params"]):
         """Data, and what the processor and the provider do with the integers."""
         yield from integer_params.check(params, machine, accelerator.execution_provider, static=True)
 
-    def estimate(self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]) -> Cost:
+    def estimate(
+        self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
+    ) -> Cost:
         """The quantiser holds the weights, and their integers; calibration the activations of a row."""
         return integer_params.cost(model)
 
@@ -38,7 +40,7 @@ class OnnxStaticQuantization(GraphPass["OnnxStaticQuantization.Params"]):
 
         Raises:
             ConfigError: calibration data that does not fit the graph.
-            PassFailed: nothing to quantise, a name that the graph does not have, NaN, or the quantiser failed.
+            PassFailed: nothing to quantise, a name that is not in the graph, NaN, or the quantiser failed.
         """
         from olive.passes.onnx.integer_graph import static
 
