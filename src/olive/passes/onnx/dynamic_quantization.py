@@ -21,8 +21,6 @@ class OnnxDynamicQuantization(GraphPass["OnnxDynamicQuantization.Params"]):
     class Params(IntegerParams):
         """Settings of every pass that makes integers of products."""
 
-    makes_integers = True
-
     def check(
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from olive.errors import PassFailed
+from olive.models.artifact import Artifact, Kind
 from olive.passes.export.quiet import captured
 from olive.passes.onnx import feeds, preprocess, ranges
 from olive.passes.onnx.float16 import check_names
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import numpy as np
     from onnx import ModelProto
 
-    from olive.models.artifact import Artifact
     from olive.passes.base import PassContext
     from olive.passes.onnx.integer_params import IntegerParams, StaticParams
 
@@ -41,6 +41,7 @@ class _Work:
         source: as it was given.
         path: of the graph that is quantised.
         folder: to write into, removed afterwards.
+        plain: whether it is no bundle.
         kinds: types of its operators, of the standard ones, in order.
         without: names of nodes that stay.
     """
@@ -48,6 +49,7 @@ class _Work:
     source: Graph
     path: Path
     folder: Path
+    plain: bool
     kinds: tuple[str, ...]
     without: list[str]
 
@@ -137,7 +139,7 @@ def _prepared(model: Artifact, params: IntegerParams, ctx: PassContext) -> Itera
         path, notes = preprocess.prepare(copy, folder, optimise=params.quant_preprocess, named=named)
         for note in notes:
             ctx.progress.note(note)
-        yield _Work(graph, path, folder, *_left(path, params))
+        yield _Work(graph, path, folder, model.kind is Kind.ONNX, *_left(path, params))
 
 
 def _left(path: Path, params: IntegerParams) -> tuple[tuple[str, ...], list[str]]:
@@ -300,6 +302,14 @@ def _nothing(graph: Graph, kinds: Iterable[str]) -> PassFailed:
     )
 
 
+def _precision(params: IntegerParams, plain: bool) -> str:
+    """What gates judge by: the fewest bits; they know 16 bits of plain graphs alone."""
+    kinds = {params.precision, getattr(params, "activation_type", "uint8")}
+    if kinds & {"int4", "uint4"}:
+        return "int4"
+    return "int16" if plain and kinds <= {"int16", "uint16"} else "int8"
+
+
 def _finish(work: _Work, made: Path, params: IntegerParams, ctx: PassContext) -> None:
     """Write the result, with what else is in the model's folder, and say how far its weights are."""
     before, after = Graph(work.path), Graph(made)
@@ -313,6 +323,7 @@ def _finish(work: _Work, made: Path, params: IntegerParams, ctx: PassContext) ->
     after.drop_unused()
     after.save(ctx.out, work.source.path.name)
     work.source.copy_rest(ctx.out)
-    bits = "int4" if params.precision in ("int4", "uint4") else "int8"
-    ctx.attributes.update(precision=bits, execution_provider=ctx.target.execution_provider)
+    ctx.attributes.update(
+        precision=_precision(params, work.plain), execution_provider=ctx.target.execution_provider
+    )
     ctx.facts["precision"] = params.precision

@@ -31,8 +31,6 @@ class OnnxQuantization(GraphPass["OnnxQuantization.Params"]):
             description="`static`: ranges of activations by calibration; `dynamic`: measured at each run.",
         )
 
-    makes_integers = True
-
     def check(
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:

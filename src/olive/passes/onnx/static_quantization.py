@@ -21,8 +21,6 @@ class OnnxStaticQuantization(GraphPass["OnnxStaticQuantization.Params"]):
     class Params(StaticParams):
         """Settings of quantisation with calibration."""
 
-    makes_integers = True
-
     def check(
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
