@@ -268,7 +268,8 @@ def _array(one: Input, value: Any, place: str, sizes: dict[str, int]) -> np.ndar
         raise fail("not numbers")
     if given.dtype.kind == "f" and not np.isfinite(given).all():
         raise fail("NaN or infinity")
-    made = given.astype(one.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = given.astype(one.dtype)
     if one.dtype.kind in "iub" and not np.array_equal(made.astype(given.dtype), given):
         raise fail(f"numbers that {one.dtype} does not hold")
     if given.dtype.kind in "iuf" and one.dtype.kind == "f" and not np.isfinite(made).all():
