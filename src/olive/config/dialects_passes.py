@@ -73,12 +73,21 @@ _QUANTISERS_WITHOUT_EFFECT: dict[str, str] = {
     "user_script": "has no effect: no code of your own runs here",
     "script_dir": "has no effect: no code of your own runs here",
 }
+_GRAPHS_WITHOUT_EFFECT: dict[str, str] = {
+    "size_threshold": "has no effect: weights of a kilobyte and more are stored beside the graph",
+    "axis": "has no effect: blocks lie along the inputs of a product, as its operator reads them",
+}
+_ON_GRAPHS = (
+    *("OnnxBlockWiseRtnQuantization", "OnnxKQuantQuantization", "OnnxHqqQuantization"),
+    *("OnnxBnb4Quantization", "MatMulNBitsToQDQ"),
+)
 WITHOUT_EFFECT: dict[str, dict[str, str]] = dict.fromkeys(TUNING, _TUNING_WITHOUT_EFFECT) | {
     "LoRA": _TUNING_WITHOUT_EFFECT
     | dict.fromkeys(("double_quant", "quant_type", "compute_dtype", "save_quant_config"), NEVER_LORA),
     "Gptq": _QUANTISERS_WITHOUT_EFFECT,
     "Awq": _QUANTISERS_WITHOUT_EFFECT,
 }
+WITHOUT_EFFECT |= dict.fromkeys(_ON_GRAPHS, _GRAPHS_WITHOUT_EFFECT)
 # What a setting meant when Olive 0.6 and earlier were not told otherwise; written out where it differs today.
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     kind: {"r": 64, "alpha": 16, "lora_dropout": 0.0} for kind in TUNING

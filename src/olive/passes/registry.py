@@ -41,6 +41,8 @@ _TABLE: dict[str, str] = {
     "OnnxDynamicQuantization": "olive.passes.onnx.dynamic_quantization:OnnxDynamicQuantization",
     "OnnxFloatToFloat16": "olive.passes.onnx.float16:OnnxFloatToFloat16",
     "OrtMixedPrecision": "olive.passes.onnx.mixed_precision:OrtMixedPrecision",
+    "OnnxBnb4Quantization": "olive.passes.onnx.bnb4:OnnxBnb4Quantization",
+    "MatMulNBitsToQDQ": "olive.passes.onnx.qdq:MatMulNBitsToQDQ",
 }
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from olive.config.base import PassParams
 from olive.models.artifact import Kind
-from olive.passes.base import Pass
+from olive.passes.base import Pass, PassContext
+
+if TYPE_CHECKING:
+    from olive.passes.onnx.graphs import Graph
 
 P = TypeVar("P", bound=PassParams)
 
@@ -25,3 +28,18 @@ class GraphPass(Pass[P]):
     def gates_of(cls, given: Kind) -> tuple[str, ...]:
         """A bundle is held as an export is; a plain graph against the one it was made of."""
         return ("parity", "bundle") if given is Kind.GENAI else cls.gates
+
+    def write(self, graph: Graph, ctx: PassContext, task: str) -> int:
+        """Write the changed graph and what else is in its folder; ``task`` is what the bar says.
+
+        Returns:
+            Bytes of the graph and its weights.
+        """
+        graph.drop_unused()
+        ctx.progress.start(task, len(graph.weights))
+        done = iter(range(1, len(graph.weights) + 1))
+        path = graph.save(ctx.out, done=lambda _: ctx.progress.update(next(done)))
+        ctx.progress.finish()
+        graph.copy_rest(ctx.out)
+        data = path.with_name(f"{path.name}.data")
+        return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olive.errors import ConfigError, PassFailed, UntrustedInput
+from olive.passes.onnx.nodes import STANDARD, copy_of, inner_tensors, inputs_of
 from olive.passes.onnx.stored import Stored, byte_count, from_buffer, shares_bytes, write_tensor
 from olive.store.copying import copy_file
 
 if TYPE_CHECKING:
     import numpy as np
-    from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 __all__ = ["Graph", "Stored", "graph_file"]
 
@@ -105,9 +106,7 @@ class Graph:
     @property
     def opset(self) -> int:
         """Version of the standard operators."""
-        return max(
-            (one.version for one in self.model.opset_import if one.domain in ("", "ai.onnx")), default=1
-        )
+        return max((one.version for one in self.model.opset_import if one.domain in STANDARD), default=1)
 
     def need_opset(self, domain: str, version: int) -> None:
         """Declare a domain of operators, or raise its version; of the standard ones call the converter."""
@@ -194,8 +193,16 @@ class Graph:
         self._as_read = dict(self.weights)
 
     def drop_unused(self) -> None:
-        """Forget weights that nothing reads; where older models list them among the inputs, there too."""
-        read = {output.name for output in self.graph.output} | set(_inputs(self.graph))
+        """Forget nodes and weights that nothing reads; what older models list among the inputs, there too."""
+        read = {output.name for output in self.graph.output}
+        unread: dict[int, tuple[NodeProto, ...]] = {}
+        for place, node in reversed(list(enumerate(self.graph.node))):
+            if read.isdisjoint(node.output):
+                unread[place] = ()
+            else:
+                read.update(inputs_of(node))
+        if unread:
+            self.replace(unread)
         for name in [name for name in self.weights if name not in read]:
             del self.weights[name]
             self._sources.pop(name, None)
@@ -209,7 +216,9 @@ class Graph:
         Args:
             made: position of a node of the main graph -> what stands there then; may be empty.
         """
-        nodes = [_copy(node) for place, old in enumerate(self.graph.node) for node in made.get(place, (old,))]
+        nodes = [
+            copy_of(node) for place, old in enumerate(self.graph.node) for node in made.get(place, (old,))
+        ]
         del self.graph.node[:]
         self.graph.node.extend(nodes)
 
@@ -316,7 +325,7 @@ class Graph:
 
     def _load_inner(self) -> None:
         """Weights of subgraphs and functions into memory: they are small."""
-        for tensor in (one for part in (self.graph, *self.model.functions) for one in _inner_tensors(part)):
+        for tensor in (one for part in (self.graph, *self.model.functions) for one in inner_tensors(part)):
             if tensor.data_location:
                 path, offset, length = self._place(tensor)
                 with path.open("rb") as file:
@@ -330,37 +339,9 @@ class Graph:
         lifted: dict[int, tuple[NodeProto, ...]] = {}
         for place, node in enumerate(self.graph.node):
             value = next((a.t for a in node.attribute if a.name == "value"), None)
-            if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and value is not None:
+            if node.op_type == "Constant" and node.domain in STANDARD and value is not None:
                 self.graph.initializer.add().CopyFrom(value)
                 self.graph.initializer[-1].name = node.output[0]
                 lifted[place] = ()
         if lifted:
             self.replace(lifted)
-
-
-def _copy(node: NodeProto) -> NodeProto:
-    made = type(node)()
-    made.CopyFrom(node)
-    return made
-
-
-def _inner_tensors(part: GraphProto | FunctionProto) -> Iterator[TensorProto]:
-    """Tensors in attributes, and the initializers of subgraphs, at any depth."""
-    for node in part.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for inner in (attribute.g, *attribute.graphs):
-                yield from inner.initializer
-                yield from _inner_tensors(inner)
-
-
-def _inputs(graph: GraphProto) -> Iterator[str]:
-    """Names that nodes read, in subgraphs too."""
-    for node in graph.node:
-        yield from node.input
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _inputs(inner)
-                yield from (output.name for output in inner.output)

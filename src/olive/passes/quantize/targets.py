@@ -242,20 +242,8 @@ def _check_blocks(info: ModelInfo, layers: Mapping[str, Layer]) -> Iterator[Prob
 
 
 def _check_kernels(layers: Mapping[str, Layer], provider: str) -> Iterator[Problem]:
-    for bits, group in sorted({(layer.bits, layer.group_size) for layer in layers.values()}):
-        blocks = kernels.blocks_of(provider, bits)
-        if blocks is None:
-            yield Problem(
-                f"no kernel of {provider} for {bits} bits was verified here",
-                severity=Severity.NOTE,
-                fix="The parity gate compares the exported model on it.",
-            )
-        elif group in _GROUPS and group not in blocks:
-            yield Problem(
-                f"{provider} has no verified kernel for {bits} bits in blocks of {group}",
-                where="group_size",
-                fix=f"Use {', '.join(map(str, blocks))}." if blocks else "Use other bits.",
-            )
+    pairs = {(layer.bits, layer.group_size) for layer in layers.values()}
+    yield from kernels.problems(pairs, provider, where="group_size")
 
 
 def _check_shared(layers: Mapping[str, Layer]) -> Iterator[Problem]:
