@@ -16,6 +16,7 @@ from adapter_kit import context
 from graph_kit import FLOAT, INT64, mlp, model_of, outputs_of, relative, rows, run, save, weights_of
 from olive.config.gates import BundleGate, ParityGate
 from olive.config.workflow import Accelerator, DataConfig
+from olive.data.plan import Preview
 from olive.engine.gates import bundle, parity
 from olive.errors import ConfigError, PassFailed, Severity
 from olive.hardware.probe import probe
@@ -412,6 +413,11 @@ OLD, NEW, ARM = ("avx2", "avx512f"), ("avx2", "avx_vnni"), ("asimd",)
             {"extra_options": {"CalibMovingAverage": True}, "calibrate_method": "Entropy"},
             NEW, Severity.ERROR, "calibrate_method is Entropy",
         ),
+        ({"calibration_providers": ["QNNExecutionProvider"]}, NEW, Severity.ERROR, "does not run here"),
+        (
+            {"per_channel": True, "weight_symmetric": False, "activation_type": "uint8"},
+            NEW, Severity.WARNING, "are symmetric",
+        ),
         ({"activation_type": "uint16"}, NEW, Severity.WARNING, "no operators on 16-bit"),
         ({"activation_type": "uint8"}, OLD, Severity.WARNING, "no VNNI"),
         ({"activation_type": "uint8", "reduce_range": True}, NEW, Severity.WARNING, "needs no reduce_range"),
@@ -497,3 +503,18 @@ def test_a_bundle_with_too_little_text(exported: Path, tmp_path: Path) -> None:
     data = {"train": training_kit.data(training_kit.rows(tmp_path, 4))}
     with pytest.raises(ConfigError, match="a calibration needs 256"):
         run(STATIC, exported, tmp_path / "q", kind=Kind.GENAI, data=data, data_config="train")
+
+
+def test_a_plan_counts_tokens() -> None:
+    technique = resolve(STATIC)
+    params = technique.Params.model_validate({"data_config": "train", "calibration_tokens": 4096})
+    info = ModelInfo(path=Path("m"), kind=Kind.HF, config={}, tensors={"w": ("F32", (1000, 1000))})
+    machine = probe().model_copy(update={"clock": 2e9, "cores": 1, "cpu_features": NEW})
+    few, enough = (Preview(name="train", rows=9, tokens=tokens) for tokens in (100, 5000))
+    cost = technique().estimate(info, params, machine, {"train": enough})
+    flops = 2 * 1e6 * 4096
+    assert cost.seconds == pytest.approx(2.06 + flops / (0.3 * 2e9 * 32))
+    with pytest.raises(ConfigError, match="train has 100 tokens"):
+        technique().estimate(info, params, machine, {"train": few})
+    plain = info.model_copy(update={"kind": Kind.ONNX})
+    assert technique().estimate(plain, params, machine, {"train": few}).seconds == pytest.approx(2.06)

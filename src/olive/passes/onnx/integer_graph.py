@@ -284,9 +284,9 @@ def _quantiser(made: Path) -> Iterator[None]:
                 yield
             finally:
                 said = out.tail(3)
+    except (PassFailed, OSError, MemoryError):
+        raise
     except Exception as error:  # it raises what Python raises
-        if isinstance(error, PassFailed):
-            raise
         raise PassFailed(
             f"onnxruntime's quantiser failed: {type(error).__name__}: {error}",
             fix=f"Name other op_types_to_quantize, or nodes_to_exclude. It said: {said or 'nothing'}",

@@ -50,6 +50,8 @@ class OnnxQuantization(GraphPass["OnnxQuantization.Params"]):
         self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
     ) -> Cost:
         """As the pass of the mode."""
+        if params.quant_mode == "static":
+            return integer_params.static_cost(model, params, machine, data)
         return integer_params.cost(model)
 
     def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:

@@ -30,8 +30,8 @@ class OnnxStaticQuantization(GraphPass["OnnxStaticQuantization.Params"]):
     def estimate(
         self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
     ) -> Cost:
-        """The quantiser holds the weights, and their integers; calibration the activations of a row."""
-        return integer_params.cost(model)
+        """Calibration, and the quantiser, which holds the weights and their integers."""
+        return integer_params.static_cost(model, params, machine, data)
 
     def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:
         """Calibrate, and write the graph into ``ctx.out``.
