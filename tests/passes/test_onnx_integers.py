@@ -234,6 +234,8 @@ def test_only_the_nodes_that_are_named(tmp_path: Path, data: dict[str, DataConfi
     ctx = run(DYNAMIC, source, tmp_path / "a", nodes_to_quantize=["two"])
     assert kinds(ctx.out).count("MatMulInteger") == 1
     assert {row["name"] for row in ctx.facts["layers"]} == {"last"}
+    ctx = run(DYNAMIC, source, tmp_path / "p", nodes_to_exclude=["t?o", "*us"])
+    assert {row["name"] for row in ctx.facts["layers"]} == {"first"}
     ctx = static(source, tmp_path / "b", data, nodes_to_exclude=["two"], op_types_to_exclude=["Add", "Relu"])
     made = weights_of(ctx.out)
     np.testing.assert_array_equal(made["last"], weights_of(source)["last"])
@@ -245,6 +247,7 @@ def test_only_the_nodes_that_are_named(tmp_path: Path, data: dict[str, DataConfi
     assert weights_of(ctx.out)["y_zero_point"].dtype == np.uint8
     for params, said in (
         ({"nodes_to_exclude": ["tow"]}, "no node 'tow'"),
+        ({"nodes_to_exclude": ["tw?o"]}, "no node"),
         ({"nodes_to_quantize": ["on"]}, "no node 'on'"),
         ({"op_types_to_quantize": ["Conv"]}, "no operator 'Conv'"),
         ({"nodes_to_quantize": ["plus"], "op_types_to_quantize": ["MatMul"]}, "nothing to quantise"),

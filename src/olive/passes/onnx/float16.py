@@ -16,6 +16,7 @@ from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.passes.base import Cost, PassContext
 from olive.passes.onnx.graph_pass import GraphPass
 from olive.passes.onnx.graphs import Graph, graph_file
+from olive.passes.onnx.names import named
 
 if TYPE_CHECKING:
     from olive.passes.onnx.half import Converted, Rules
@@ -51,9 +52,11 @@ class OnnxFloatToFloat16(GraphPass["OnnxFloatToFloat16.Params"]):
         op_include_list: tuple[str, ...] | None = Field(
             None, description="Types of operators that become float16, and no others."
         )
-        node_block_list: tuple[str, ...] | None = Field(None, description="Names of nodes that stay float32.")
+        node_block_list: tuple[str, ...] | None = Field(
+            None, description="Names of nodes that stay float32, or patterns such as `*/lm_head/*`."
+        )
         node_include_list: tuple[str, ...] | None = Field(
-            None, description="Names of nodes that become float16, and no others."
+            None, description="Names or patterns of nodes that become float16, and no others."
         )
 
     def check(
@@ -98,23 +101,21 @@ class OnnxFloatToFloat16(GraphPass["OnnxFloatToFloat16.Params"]):
         if model.kind is Kind.GENAI:
             refuse(check_bundle(params.keep_io_types, ctx.target.execution_provider))
         graph = Graph(graph_file(model.path))
-        nodes = {node.name for node in graph.graph.node}
-        kinds = {node.op_type for node in graph.graph.node}
-        values = {one.name for one in (*graph.graph.input, *graph.graph.output)}
-        kept = params.keep_io_types
-        named = (params.node_block_list or ()) + (params.node_include_list or ())
-        check_names(named, nodes, "node", graph)
-        check_names(() if isinstance(kept, bool) else kept, values, "input or output", graph)
-        check_names(params.op_include_list or (), kinds, "operator", graph)
-        blocked = DEFAULT_BLOCKED if params.op_block_list is None else params.op_block_list
+        nodes = dict.fromkeys(node.name for node in graph.graph.node)
+        kinds = dict.fromkeys(node.op_type for node in graph.graph.node)
+        values = [one.name for one in (*graph.graph.input, *graph.graph.output)]
+        keep = params.keep_io_types
+        if not isinstance(keep, bool):
+            keep = tuple(named(keep, values, "input or output", graph))
+        blocked: Iterable[str] = DEFAULT_BLOCKED if params.op_block_list is None else params.op_block_list
         if params.op_include_list is not None:
-            blocked = tuple(kinds - set(params.op_include_list))
-        left = params.node_block_list or ()
+            blocked = kinds.keys() - set(named(params.op_include_list, kinds, "operator", graph))
+        left: Iterable[str] = named(params.node_block_list or (), nodes, "node", graph)
         if params.node_include_list is not None:
-            left = tuple(nodes - set(params.node_include_list))
+            left = nodes.keys() - set(named(params.node_include_list, nodes, "node", graph))
         rules = Rules(
             provider=ctx.target.execution_provider,
-            keep=kept if isinstance(kept, bool) else frozenset(kept),
+            keep=keep if isinstance(keep, bool) else frozenset(keep),
             operators=frozenset(blocked),
             nodes=frozenset(left),
             low=params.min_positive_val,
@@ -157,23 +158,6 @@ def refuse(problems: Iterable[Problem]) -> None:
     """
     for problem in problems:
         raise PassFailed(problem.message, where=problem.where, fix=problem.fix)
-
-
-def check_names(given: Iterable[str], known: set[str], what: str, graph: Graph) -> None:
-    """Every name of the document is one of the graph's.
-
-    Raises:
-        PassFailed: one is not; the message has the closest of the graph.
-    """
-    from difflib import get_close_matches
-
-    for name in given:
-        if name not in known:
-            close = get_close_matches(name, list(known), n=1)
-            raise PassFailed(
-                f"{graph.path.name} has no {what} {name!r}",
-                fix=f"Did you mean {close[0]}?" if close else f"It has {', '.join(sorted(known)[:8])} ...",
-            )
 
 
 def write(graph: Graph, rules: Rules, ctx: PassContext) -> Converted:

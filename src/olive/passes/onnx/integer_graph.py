@@ -13,9 +13,9 @@ from olive.errors import PassFailed
 from olive.models.artifact import Artifact, Kind
 from olive.passes.export.quiet import captured
 from olive.passes.onnx import feeds, preprocess, ranges
-from olive.passes.onnx.float16 import check_names
 from olive.passes.onnx.graphs import Graph, graph_file
 from olive.passes.onnx.integer_layers import table
+from olive.passes.onnx.names import named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +43,7 @@ class _Work:
         folder: to write into, removed afterwards.
         plain: whether it is no bundle.
         kinds: types of its operators, of the standard ones, in order.
+        chosen: names of the only nodes to quantise; empty: all.
         without: names of nodes that stay.
     """
 
@@ -51,6 +52,7 @@ class _Work:
     folder: Path
     plain: bool
     kinds: tuple[str, ...]
+    chosen: list[str]
     without: list[str]
 
 
@@ -72,7 +74,7 @@ def dynamic(model: Artifact, params: IntegerParams, ctx: PassContext) -> None:
                 per_channel=params.per_channel,
                 reduce_range=params.reduce_range,
                 weight_type=QuantType[_TYPES[params.precision]],
-                nodes_to_quantize=list(params.nodes_to_quantize or ()),
+                nodes_to_quantize=work.chosen,
                 nodes_to_exclude=work.without,
                 use_external_data_format=True,
                 extra_options=_options(params),
@@ -93,7 +95,7 @@ def static(model: Artifact, params: StaticParams, ctx: PassContext) -> None:
     with _prepared(model, params, ctx) as work:
         kinds = _operators(params, work)
         light = onnx.load(work.path, load_external_data=False)
-        names = ranges.tensors(light, kinds, params.nodes_to_quantize or (), work.without)
+        names = ranges.tensors(light, kinds, work.chosen, work.without)
         if not names:
             raise _nothing(work.source, kinds)
         rows = feeds.read(work.source, model.path, params, ctx)
@@ -126,27 +128,29 @@ def how_of(params: StaticParams) -> ranges.How:
 def _prepared(model: Artifact, params: IntegerParams, ctx: PassContext) -> Iterator[_Work]:
     """The graph in a folder of its own, where the quantiser may write."""
     graph = Graph(graph_file(model.path))
-    nodes = {node.name for node in graph.graph.node}
-    check_names(params.nodes_to_quantize or (), nodes, "node", graph)
-    check_names(params.nodes_to_exclude or (), nodes, "node", graph)
-    kinds = {node.op_type for node in graph.graph.node}
-    check_names(params.op_types_to_quantize or (), kinds, "operator", graph)
+    nodes = dict.fromkeys(node.name for node in graph.graph.node)
+    chosen = named(params.nodes_to_quantize or (), nodes, "node", graph)
+    without = named(params.nodes_to_exclude or (), nodes, "node", graph)
+    kinds = dict.fromkeys(node.op_type for node in graph.graph.node)
+    named(params.op_types_to_quantize or (), kinds, "operator", graph)
     with TemporaryDirectory(prefix="olive-", dir=ctx.out.parent) as name:
         folder = Path(name)
         copy = Graph(graph.path).save(folder, "source.onnx")
         lists = (params.op_types_to_quantize, params.op_types_to_exclude)
-        named = any((*lists, params.nodes_to_quantize, params.nodes_to_exclude))
-        path, notes = preprocess.prepare(copy, folder, optimise=params.quant_preprocess, named=named)
+        bound = any((*lists, chosen, without))
+        path, notes = preprocess.prepare(copy, folder, optimise=params.quant_preprocess, named=bound)
         for note in notes:
             ctx.progress.note(note)
-        yield _Work(graph, path, folder, model.kind is Kind.ONNX, *_left(path, params))
+        kinds_left, more = _left(path, params)
+        plain = model.kind is Kind.ONNX
+        yield _Work(graph, path, folder, plain, kinds_left, chosen, without + more)
 
 
 def _left(path: Path, params: IntegerParams) -> tuple[tuple[str, ...], list[str]]:
-    """Types of the standard operators, and names of the nodes that stay."""
+    """Types of the standard operators, and names of the nodes that stay by their type."""
     import onnx
 
-    without = list(params.nodes_to_exclude or ())
+    without: list[str] = []
     types = set(params.op_types_to_exclude or ()) if params.op_types_to_quantize is None else set[str]()
     kinds: dict[str, None] = {}
     for node in onnx.load(path, load_external_data=False).graph.node:
@@ -227,7 +231,7 @@ def _quantise(
     tensors = TensorsData(CalibrationMethod[params.calibrate_method], data)
     model = load_model_with_shape_infer(work.path)
     weight, activation = QuantType[_TYPES[params.precision]], QuantType[_TYPES[params.activation_type]]
-    rest = (tensors, list(params.nodes_to_quantize or ()), work.without, kinds, options)
+    rest = (tensors, work.chosen, work.without, kinds, options)
     if qdq:
         made_by: Any = QDQQuantizer(model, params.per_channel, params.reduce_range, weight, activation, *rest)
     else:

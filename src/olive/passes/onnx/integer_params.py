@@ -55,9 +55,11 @@ class IntegerParams(PassParams):
         None, description="Types of operators that stay; without effect beside op_types_to_quantize."
     )
     nodes_to_quantize: tuple[str, ...] | None = Field(
-        None, description="Names of the only nodes to quantise."
+        None, description="Names or patterns of the only nodes to quantise."
     )
-    nodes_to_exclude: tuple[str, ...] | None = Field(None, description="Names of nodes that stay.")
+    nodes_to_exclude: tuple[str, ...] | None = Field(
+        None, description="Names of nodes that stay, or patterns such as `*/down_proj/*`."
+    )
     per_channel: bool = Field(False, description="A scale for each output of a weight.")
     reduce_range: bool = Field(
         False,
