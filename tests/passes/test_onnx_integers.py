@@ -363,6 +363,23 @@ def test_rows_are_drawn_by_the_seed(tmp_path: Path, data: dict[str, DataConfig])
     assert max(one, two) <= all_of_them
 
 
+def test_a_large_weight_that_is_also_turned_is_stored_once(tmp_path: Path) -> None:
+    table = np.random.default_rng(1).normal(size=(4100, 64)).astype("float32")
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["e"], "embed"),
+        helper.make_node("Transpose", ["table"], ["t"], "turn", perm=[1, 0]),
+        helper.make_node("MatMul", ["e", "t"], ["y"], "head"),
+    ]
+    source = save(
+        tmp_path / "source", nodes, {"ids": (INT64, ["n"])}, {"y": (FLOAT, ["n", 4100])}, {"table": table}
+    )
+    data = rows(tmp_path / "data", [{"ids": [1, 2, 3]}, {"ids": [4, 5, 4099]}])
+    ctx = static(source, tmp_path / "made", data)
+    assert (ctx.out / "model.onnx.data").stat().st_size < 1.1 * table.size
+    ids = np.array([1, 4099])
+    assert relative(outputs_of(ctx.out, ids=ids)["y"], outputs_of(source, ids=ids)["y"]) < 0.03
+
+
 def test_old_operators_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PassFailed, match="operators of version 9; integers need 11"):
         run(DYNAMIC, mlp(tmp_path / "source", opset=9), tmp_path / "made")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 OLDEST = 11  # version of the operators that the quantised ones fit
 _JOINED = "MatMulAddFusion"  # makes a Gemm of them
+_FOLDED = "ConstantFolding"
+_LARGE = 1 << 20  # bytes of a weight that is not stored twice
 
 
 def prepare(path: Path, folder: Path, *, optimise: bool, named: bool) -> tuple[Path, list[str]]:
@@ -49,7 +51,8 @@ def prepare(path: Path, folder: Path, *, optimise: bool, named: bool) -> tuple[P
         if not _infer(model):
             notes.append("symbolic shapes could not be told; values of unknown type stay in floating point")
         path.write_bytes(model.SerializeToString())
-        made = _optimised(path, folder, [_JOINED] if named else [])
+        without = [*([_JOINED] if named else []), *([_FOLDED] if _turned(model) else [])]
+        made = _optimised(path, folder, without)
         if made is None:
             notes.append("onnxruntime could not fold constants; the graph is quantised as it is")
         else:
@@ -62,6 +65,16 @@ def prepare(path: Path, folder: Path, *, optimise: bool, named: bool) -> tuple[P
             node.name = _free(f"{node.op_type}_{number}", taken)
     path.write_bytes(model.SerializeToString())
     return path, notes
+
+
+def _turned(model: ModelProto) -> bool:
+    """Whether a large weight is read as it is and turned, as an embedding that is also the head."""
+    from olive.passes.onnx.stored import byte_count
+
+    large = {one.name for one in model.graph.initializer if byte_count(one) >= _LARGE}
+    turned = {name for node in model.graph.node if node.op_type == "Transpose" for name in node.input}
+    straight = {name for node in model.graph.node if node.op_type != "Transpose" for name in node.input}
+    return bool(large & turned & straight)
 
 
 def _free(wanted: str, taken: set[str]) -> str:
