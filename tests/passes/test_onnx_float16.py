@@ -189,6 +189,18 @@ def test_subgraphs_stay_float32_and_fixed_types_are_left(tmp_path: Path, provide
             assert relative(got[name], want[name]) < 2e-3
 
 
+def test_inputs_that_kernels_read_as_float32(tmp_path: Path) -> None:
+    weights = {"gamma": np.ones(4, "float32"), "beta": np.zeros(4, "float32")}
+    attributes = {"groups": 2, "activation": 0, "channels_last": 1, "domain": "com.microsoft"}
+    node = helper.make_node("GroupNorm", ["x", "gamma", "beta"], ["y"], "norm", **attributes)
+    places = {name: (FLOAT, [1, 2, 2, 4]) for name in ("x", "y")}
+    source = save(tmp_path / "source", [node], {"x": places["x"]}, {"y": places["y"]}, weights)
+    ctx = run("OnnxFloatToFloat16", source, tmp_path / "made", provider=CUDA)
+    assert {one.dtype for one in weights_of(ctx.out).values()} == {np.dtype("float32")}
+    assert [node.op_type for node in model_of(ctx.out).graph.node] == ["GroupNorm"]
+    assert model_of(ctx.out).graph.output[0].type.tensor_type.elem_type == HALF
+
+
 @pytest.mark.parametrize("provider", [CUDA, CPU])
 def test_a_head_that_float16_does_not_hold_stays_float32(tmp_path: Path, provider: str) -> None:
     source = mlp(tmp_path / "wide", head=1000.0)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from olive.passes.onnx import operators
 from olive.passes.onnx.graphs import Graph, Stored
 from olive.passes.onnx.operators import Signature
+from olive.passes.onnx.rounding import reader, relative_error, rounded
 from olive.passes.onnx.subgraphs import captured, rename, type_by_attribute
 
 if TYPE_CHECKING:
-    import numpy as np
     from onnx import NodeProto
 
 _FLOAT, _HALF = 1, 10  # TensorProto.DataType
@@ -20,6 +19,8 @@ _FLOAT, _HALF = 1, 10  # TensorProto.DataType
 _KEPT = frozenset({"DequantizeLinear", "QuantizeLinear", "If", "Loop", "Scan", "Constant"})
 # Kernels that fail at the second token (onnxruntime 1.32).
 _WRONG = frozenset({("CPUExecutionProvider", "GroupQueryAttention")})
+# Inputs that kernels read as float32 whatever the schema says.
+_FIXED = {"GroupNorm": (1, 2), "SkipGroupNorm": (1, 2)}
 # Left in float32 unless the document names others, as onnxruntime's converter does: operators without a
 # float16 type, and those where 11 bits are too few.
 DEFAULT_BLOCKED = (
@@ -73,24 +74,6 @@ class Converted:
     casts: int = 0
     clipped: dict[str, tuple[int, int]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-
-
-def rounded(value: np.ndarray, low: float, high: float) -> tuple[np.ndarray, int, int]:
-    """float32 to float16, to nearest, ties to even.
-
-    Returns:
-        the array, how many values were below ``low`` and not 0, and how many finite ones above ``high``, by
-        magnitude.
-    """
-    import numpy as np
-
-    size = np.abs(value)
-    small, large = (size < low) & (size > 0), (size > high) & np.isfinite(size)
-    few, many = int(small.sum()), int(large.sum())
-    if few or many:
-        value = np.where(small, np.copysign(np.float32(low), value), value)
-        value = np.where(large, np.copysign(np.float32(high), value), value)
-    return value.astype(np.float16), few, many
 
 
 def convert(graph: Graph, rules: Rules) -> Converted:
@@ -179,6 +162,8 @@ class _Conversion:
             if not self._is_float(name):
                 continue
             variable = known.of_input(place) if known else ""
+            if place in _FIXED.get(node.op_type, ()):
+                variable = ""
             if name in self.weights:
                 use = _Use(node, place, variable in chosen, exact or variable not in able)
                 self.uses.setdefault(name, []).append(use)
@@ -274,23 +259,14 @@ class _Conversion:
                 use.node.input[use.place] = given
 
     def _put(self, name: str, made: str) -> None:
-        read, rules, done = _reader(self.graph, name), self.rules, self.done
+        read, rules, done = reader(self.graph, name), self.rules, self.done
 
         def make() -> tuple[Stored, ...]:
-            import numpy as np
-
             value = read()
             half, few, many = rounded(value, rules.low, rules.high)
             if few or many:
                 done.clipped[made] = few, many
-            flat, other = value.reshape(-1), half.reshape(-1)
-            error = own = 0.0
-            for start in range(0, flat.size, 1 << 20):
-                part = flat[start : start + (1 << 20)].astype(np.float64)
-                sound = np.isfinite(part)
-                part, near = part[sound], other[start : start + (1 << 20)][sound].astype(np.float64)
-                error, own = error + float(np.square(part - near).sum()), own + float(np.square(part).sum())
-            done.errors[made] = error / own if own else 0.0
+            done.errors[made] = relative_error(value, half)
             return (Stored(half, _HALF, value.shape),)
 
         self.graph.put((made,), make)
@@ -323,17 +299,6 @@ class _Conversion:
                 self.halves.symmetric_difference_update({one.name})
             if half:
                 one.type.tensor_type.elem_type = _HALF
-
-
-def _reader(graph: Graph, name: str) -> Callable[[], np.ndarray]:
-    """Reads a weight as it is now, later."""
-    from onnx import numpy_helper
-
-    tensor = graph.weights[name]
-    if tensor.data_location:
-        view = graph.array(name)
-        return lambda: view
-    return lambda: numpy_helper.to_array(tensor)
 
 
 def _sequence(known: Signature, variable: str) -> bool:

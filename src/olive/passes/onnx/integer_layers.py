@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from olive.passes.onnx.rounding import relative_error
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -49,12 +51,10 @@ def table(before: Graph, after: Graph) -> list[dict[str, Any]]:
             shape[axis] = scales.size
         if scales.size > 1 and (weight.ndim < 1 or weight.shape[axis] != scales.size):
             continue  # blocks
-        wide = weight.astype(np.float32)
         stands_for = (codes.reshape(weight.shape) - zeros.reshape(shape if zeros.size > 1 else ())) * (
             scales.reshape(shape) if scales.size > 1 else scales.reshape(())
         )
-        own = float(np.square(wide, dtype=np.float64).sum())
-        error = float(np.square(stands_for - wide).sum()) / own if own else 0.0
+        error = relative_error(weight, stands_for)
         rows.append({"name": name, "bits": bits, "scales": int(scales.size), "weight_error": error})
     return rows
 

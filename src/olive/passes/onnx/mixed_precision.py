@@ -110,7 +110,7 @@ def _change(graph: Graph, weight: str) -> float:
     """The largest change of a float32 weight by rounding to float16."""
     import numpy as np
 
-    from olive.passes.onnx.half import rounded
+    from olive.passes.onnx.rounding import rounded
 
     largest, flat = 0.0, graph.array(weight).reshape(-1)
     for start in range(0, flat.size, 1 << 22):
