@@ -9,6 +9,7 @@ import pytest
 from documents import DOCUMENT_A, DOCUMENT_C, document_b, load_document
 
 from olive.config.loader import Loaded, dumps, rewrites
+from olive.config.workflow import OnnxModel
 from olive.errors import ConfigError, Problem, Severity
 
 
@@ -185,7 +186,7 @@ def test_new_defaults_hold_in_the_new_spelling() -> None:
          "$.data_configs[0].load_dataset_config.data_files", "text or a list or an object"),
         (DOCUMENT_C, "data_configs/0/pre_process_data_config/strategy", "joint", None, 'did you mean "join"'),
         (DOCUMENT_C, "systems/local_system/type", "AzureML", "$.systems.local_system.type", "LocalSystem"),
-        (DOCUMENT_C, "input_model/type", "ONNXModel", "$.input_model.type", "Hugging Face"),
+        (DOCUMENT_C, "input_model/type", "OpenVINOModel", "$.input_model.type", "Hugging Face"),
         (DOCUMENT_C, "evaluators/tone", {"type": "LMEvaluator", "tasks": ["x"]}, None, "LMEvaluator"),
         (DOCUMENT_C, "packaging_config", {"type": "Zipfile"}, "$.packaging_config", "not supported"),
         (DOCUMENT_C, "data_configs/0/name", "bad name", "$.data_configs[0].name", "letters"),
@@ -420,3 +421,14 @@ def test_rows_come_from_one_place() -> None:
     assert [problem.message for problem in refused(mixing())] == ["`load_dataset_config` is missing"]
     warned = load_document(mixing({"name": first}, pre_process_data_config={"text_template": "{a}"}))
     assert any("`text_template` of a mix has no effect" in text for text in said(warned, Severity.WARNING))
+
+
+def test_an_onnx_model_has_settings_of_its_own() -> None:
+    document = {"input_model": {"type": "ONNXModel", "model_path": "m.onnx", "task": "x", "load_kwargs": {}}}
+    loaded = load_document(document)
+    assert loaded.workflow.input_model == OnnxModel(model_path="m.onnx")
+    assert "`task` of an OnnxModel has no effect" in said(loaded)
+    document["input_model"] = {"type": "OnnxModel", "model_path": "m", "onnx_filename": "a.onnx"}
+    (problem,) = (p for p in refused(document) if p.severity is Severity.ERROR)
+    assert problem.where == "$.input_model.onnx_filename"
+    assert "onnx_file_name" in str(problem.fix)

@@ -14,11 +14,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 import tiny
 from adapter_kit import context
+from olive import workflows
 from olive.config.gates import BundleGate, ParityGate
 from olive.config.workflow import Accelerator
 from olive.engine.gates import bundle, parity
 from olive.errors import ConfigError, PassFailed, UntrustedInput
+from olive.hardware.probe import probe
 from olive.models.artifact import Artifact, Kind, ModelInfo
+from olive.models.graph import describe_graph
 from olive.passes.export.model_builder import ModelBuilder
 from olive.passes.onnx.graphs import Graph, graph_file
 from olive.passes.onnx.weight_only import Settings
@@ -336,8 +339,6 @@ def test_a_weight_cut_into_parts_is_the_same(tmp_path: Path, monkeypatch: pytest
 def test_a_plan_holds_bits_and_blocks_against_the_table_of_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from olive.hardware.probe import probe
-
     monkeypatch.setattr(
         "olive.passes.quantize.kernels.VERIFIED", {"CPUExecutionProvider": {4: (32,), 8: (16,)}}
     )
@@ -352,6 +353,18 @@ def test_a_plan_holds_bits_and_blocks_against_the_table_of_kernels(
         technique.Params.model_validate({"block_size": 48})
 
 
+def test_a_plan_knows_the_nodes_of_an_input_that_is_a_graph(tmp_path: Path) -> None:
+    info = describe_graph(graph(tmp_path / "source"), "model.onnx")
+    technique = resolve(PASSES[1])
+    params = technique.Params.model_validate(
+        {"nodes_to_exclude": ["first"], "customized_weight_config": {"secnd": {"bits": 8}}}
+    )
+    found = list(technique().check(info, params, probe(), Accelerator()))
+    assert [(one.message, one.fix) for one in found] == [
+        ("model.onnx has no node 'secnd'", "did you mean `second`?")
+    ]
+
+
 def test_a_bundle_whose_graph_lies_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "genai_config.json").write_text('{"model": {"decoder": {"filename": "../m.onnx"}}}')
     with pytest.raises(UntrustedInput, match="another folder"):
@@ -359,6 +372,27 @@ def test_a_bundle_whose_graph_lies_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "genai_config.json").write_text('{"model": {}}')
     with pytest.raises(ConfigError, match="decoder"):
         graph_file(tmp_path)
+
+
+def test_by_a_document_of_today_and_of_olive(tmp_path: Path) -> None:
+    source = graph(tmp_path / "source")
+    document = {
+        "input_model": {"type": "OnnxModel", "model_path": str(source)},
+        "passes": {
+            "q": {
+                "type": "onnxblockwisertnquantization",
+                "block_size": 32,
+                "axis": 0,
+                "nodes_to_exclude": None,
+            },
+            "d": {"type": "MatMulNBitsToQDQ", "use_int4": True, "save_as_external_data": True},
+        },
+    }
+    made = workflows.run(document, output_dir=tmp_path / "out", cache_dir=tmp_path / "cache")
+    assert [[gate.gate for gate in step.gates] for step in made.steps] == [["graph"], ["graph"]]
+    found = Graph(tmp_path / "out" / "model" / "model.onnx")
+    kinds = [node.op_type for node in found.model.graph.node]
+    assert kinds == ["GatherBlockQuantized", *["DequantizeLinear", "MatMul"] * 2, "MatMul"]
 
 
 def test_settings_are_those_of_the_operator() -> None:

@@ -66,6 +66,12 @@ MODEL_WITHOUT_EFFECT: dict[str, str] = {
     "model_class": "of `hf_config` has no effect: the class is read from config.json",
     "feature": "of `hf_config` has no effect",
     "is_generative": "of `input_model` has no effect",
+    "inference_settings": "of `input_model` has no effect: sessions follow the target's accelerator",
+    "use_ort_extensions": "of `input_model` has no effect",
+}
+GRAPH_WITHOUT_EFFECT: dict[str, str] = {
+    "task": "of an OnnxModel has no effect",
+    "load_kwargs": "of an OnnxModel has no effect",
 }
 LOAD_WITHOUT_EFFECT: dict[str, str] = {
     "device_map": "of the model has no effect: placement follows the host's accelerator",
@@ -81,7 +87,6 @@ SYSTEM_WITHOUT_EFFECT: dict[str, str] = {
 }
 OTHER_SYSTEMS = ("AzureML", "Docker", "PythonEnvironment", "IsolatedORT")
 OTHER_MODELS = (
-    "ONNXModel",
     "OpenVINOModel",
     "CompositeModel",
     "TensorFlowModel",
@@ -221,14 +226,20 @@ def _model_type(context: Context, model: Node, kind: Node) -> None:
     if str(kind.value).lower() == "pytorchmodel":
         findings.note("`PyTorchModel` is now `HfModel`", kind.origin)
         kind.value = "HfModel"
+    elif canonical(kind, ("OnnxModel",)) is not None:
+        drop_all(model, GRAPH_WITHOUT_EFFECT, findings)
     elif canonical(kind, ("HfModel",)) is None:
         known = canonical(kind, OTHER_MODELS)
         fix = (
             "give the Hugging Face model it was made from"
             if known
-            else did_you_mean(str(kind.value), ("HfModel",))
+            else did_you_mean(str(kind.value), ("HfModel", "OnnxModel"))
         )
-        findings.error(f"`type`: this version starts from an HfModel, not {kind.value!r}", kind.origin, fix)
+        findings.error(
+            f"`type`: this version starts from an HfModel or an OnnxModel, not {kind.value!r}",
+            kind.origin,
+            fix,
+        )
         model.members["type"] = Node("HfModel", kind.origin)
         if known:  # its other settings mean nothing here, and one message is enough
             model.value = {"type": model.members["type"], "model_path": Node("unsupported", kind.origin)}

@@ -37,8 +37,9 @@ writes today's spelling.
 """
 _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("Top level", "", workflow.Workflow),
-    ("`input_model`", "The model to start from.", workflow.HfModel),
+    ("`input_model`, type `HfModel`", "The model to start from.", workflow.HfModel),
     ("`input_model.load_kwargs`", "", workflow.LoadKwargs),
+    ("`input_model`, type `OnnxModel`", "The same, of a graph.", workflow.OnnxModel),
     (
         "`systems.*`",
         "Where a pass runs (`host`) and what the result is for (`target`).",
@@ -59,6 +60,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`gates.parity`", "", gates.ParityGate),
     ("`gates.bundle`", "", gates.BundleGate),
     ("`gates.integers`", "", gates.IntegersGate),
+    ("`gates.graph`", "", gates.GraphGate),
 )
 
 

@@ -35,6 +35,19 @@ class IntegersGate(Frozen):
     enabled: bool = Field(True, description="Whether the gate holds.")
 
 
+class GraphGate(Frozen):
+    """A changed ONNX graph gives what the graph before it gave, on the same inputs."""
+
+    enabled: bool = Field(True, description="Whether the gate holds.")
+    max_error: float | None = Field(
+        None,
+        gt=0,
+        description="Relative error of an output (root of the mean square). Default: by precision; catches "
+        "what is broken.",
+    )
+    samples: int = Field(4, ge=1, le=64, description="How many inputs to compare on.")
+
+
 class Gates(Frozen):
     """Checks between stages."""
 
@@ -44,3 +57,4 @@ class Gates(Frozen):
     integers: IntegersGate = Field(
         IntegersGate(), description="A model saved in another format, read again, has the same integers."
     )
+    graph: GraphGate = Field(GraphGate(), description="A changed graph gives what it gave before.")

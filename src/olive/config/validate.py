@@ -16,7 +16,7 @@ from olive.config.rewrite import Context, text
 from olive.config.suggest import closest, did_you_mean
 from olive.config.training_args import names as training_names
 from olive.config.tree import Node
-from olive.config.workflow import PassEntry, Workflow
+from olive.config.workflow import HfModel, OnnxModel, PassEntry, Workflow
 
 _SHOULD: dict[str, str] = {
     "int_type": "a whole number",
@@ -50,7 +50,13 @@ def build(context: Context) -> tuple[Workflow | None, set[JsonPath]]:
     def whole() -> Workflow:
         return Workflow.model_validate({**root.plain(), "passes": {}})
 
-    workflow = _validated(context, (), whole, lambda path: model_fields(Workflow, path), broken)
+    def fields(path: JsonPath) -> Mapping[str, Any]:
+        if path[:1] == ("input_model",):
+            onnx = root.at(("input_model", "type")).value == "OnnxModel"
+            return model_fields(OnnxModel if onnx else HfModel, path[1:])
+        return model_fields(Workflow, path)
+
+    workflow = _validated(context, (), whole, fields, broken)
     if workflow is None or entries is None or broken:
         return None, broken
     return Workflow.model_validate({**root.plain(), "passes": entries}), broken

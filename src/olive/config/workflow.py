@@ -6,12 +6,14 @@ Setting names and defaults follow Olive 0.13 where it has the concept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    Discriminator,
     Field,
     PrivateAttr,
     SerializeAsAny,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -60,6 +62,35 @@ class HfModel(Frozen):
     task: str = Field("text-generation", description="What the model does.")
     adapter_path: str | None = Field(None, description="Folder of a PEFT adapter for this base.")
     load_kwargs: LoadKwargs = Field(LoadKwargs(), description="How it is loaded.")
+
+
+class OnnxModel(Frozen):
+    """An ONNX graph, or a folder that ONNX Runtime GenAI reads."""
+
+    type: Literal["OnnxModel"] = Field("OnnxModel", description="A model in the ONNX form.")
+    model_path: str = Field(description="The `.onnx` file, or the folder that holds it.")
+    onnx_file_name: str | None = Field(None, description="Of a folder with several graphs: which one.")
+
+    @property
+    def load_kwargs(self) -> LoadKwargs:
+        """As of a Hugging Face model that is loaded in no special way."""
+        return LoadKwargs()
+
+    @property
+    def adapter_path(self) -> str | None:
+        """No adapter applies to a graph."""
+        return None
+
+
+def _form(given: Any) -> str:
+    """The ``type`` of an input model: HfModel where the document names none."""
+    found = given.get("type") if isinstance(given, Mapping) else getattr(given, "type", None)
+    return "OnnxModel" if found == "OnnxModel" else "HfModel"
+
+
+InputModel = Annotated[
+    Annotated[HfModel, Tag("HfModel")] | Annotated[OnnxModel, Tag("OnnxModel")], Discriminator(_form)
+]
 
 
 class Accelerator(Frozen):
@@ -355,7 +386,7 @@ class PassEntry(Frozen):
 class Workflow(Frozen):
     """The whole document."""
 
-    input_model: HfModel = Field(description="The model to start from.")
+    input_model: InputModel = Field(description="The model to start from.")
     systems: Mapping[str, LocalSystem] = Field(
         default_factory=lambda: {"local_system": LocalSystem()}, description="Machines, by name."
     )

@@ -88,6 +88,21 @@ class Preview(Frozen):
     problems: tuple[Problem, ...] = ()
 
 
+def look(config: DataConfig, base_dir: Path) -> Preview:
+    """Look at rows of numbers, which become no text: how many there are, and their columns.
+
+    Raises:
+        OliveError: the rows cannot be read.
+    """
+    if not is_local(config, base_dir):
+        return Preview(name=config.name, problems=tuple(_remote(config, base_dir)))
+    try:
+        rows = read(config, base_dir)
+    except OliveError as error:
+        raise type(error)(problems=[_located(problem, config) for problem in error.problems]) from error
+    return Preview(name=config.name, rows=len(rows), columns=columns(rows))
+
+
 def preview(
     config: DataConfig,
     base_dir: Path,

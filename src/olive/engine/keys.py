@@ -53,7 +53,10 @@ def step_parts(
         "model": model_part(model),
         "data": {name: data_part(workflow, name, base_dir, memo) for name in names},
         "libraries": {name: library_version(name, machine) for name in technique.libraries},
-        "gates": {name: getattr(workflow.gates, name).model_dump(mode="json") for name in technique.gates},
+        "gates": {
+            name: getattr(workflow.gates, name).model_dump(mode="json")
+            for name in technique.gates_of(model.kind)
+        },
         "hardware": _hardware_part(technique, accelerator, target, machine),
     }
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from olive.config.base import PassParams
 from olive.config.loader import Loaded
-from olive.config.workflow import Accelerator, DataConfig, PassEntry, Workflow
-from olive.data.plan import Preview, preview
+from olive.config.workflow import Accelerator, DataConfig, OnnxModel, PassEntry, Workflow
+from olive.data.plan import Preview, look, preview
 from olive.data.rows import is_local
 from olive.data.rows import where as place_of
 from olive.data.split import split_seed
@@ -25,18 +25,19 @@ from olive.engine.devices import (
 from olive.engine.keys import data_names, library_version, step_parts
 from olive.engine.output import check_output
 from olive.engine.resources import check_resources, check_writable
-from olive.errors import OliveError, Problem, Severity
+from olive.errors import ConfigError, OliveError, Problem, Severity
 from olive.evaluation.check import check_evaluator
 from olive.hardware.machine import Machine
 from olive.hardware.probe import disk_free, probe, training_dtype
 from olive.hardware.tested import check as check_versions
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.foreign.gguf_folder import unfolded
+from olive.models.graph import describe_graph, takes_tokens
 from olive.models.hf import describe, native_architecture, needs_remote_code
 from olive.models.quantised import METHOD, format_of, method_of
 from olive.passes.base import Cost, Pass
 from olive.passes.registry import resolve
-from olive.resources.digest import folder_digest
+from olive.resources.digest import files_digest, folder_digest
 from olive.resources.resolve import locate
 from olive.store.keys import key as make_key
 from olive.store.store import Store
@@ -121,6 +122,14 @@ def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | No
     for name in {entry.evaluator for entry in workflow.passes.values()} | {workflow.evaluator}:
         if name is not None:
             findings += check_evaluator(workflow.evaluators[name], workflow)
+            if info is not None and info.kind is Kind.ONNX:
+                findings.append(
+                    Problem(
+                        "a plain ONNX graph cannot be evaluated in this version",
+                        f"evaluators.{name}",
+                        "Leave `evaluator` out; the graph gate compares what comes out with what went in.",
+                    )
+                )
     broken = any(problem.severity is Severity.ERROR for problem in findings)
     with closing(Store(root)) as store:
         steps = tuple(_steps(loaded, info, None if broken else model, machine, store, previews, findings))
@@ -144,6 +153,31 @@ def plan(loaded: Loaded, *, cache_dir: Path | None = None, output_dir: Path | No
     )
 
 
+def _graph_input(loaded: Loaded, root: Path) -> tuple[ModelInfo, Artifact]:
+    """A graph and the files that belong to it: those of its folder, unless one file of it is named."""
+    given, memo = loaded.workflow.input_model, root / "digests.json"
+    assert isinstance(given, OnnxModel)  # noqa: S101 - the caller has looked
+    path = locate(given.model_path, loaded.base_dir)
+    if path.is_dir() and (path / "genai_config.json").is_file() and given.onnx_file_name is None:
+        return describe(path), Artifact(kind=Kind.GENAI, path=path, digest=folder_digest(path, memo))
+    folder = path if path.is_dir() else path.parent
+    found = sorted(item.name for item in folder.glob("*.onnx"))
+    file = given.onnx_file_name or (path.name if path.is_file() else found[0] if len(found) == 1 else None)
+    if file is None or not (folder / file).is_file():
+        raise ConfigError(
+            f"{folder} holds {', '.join(found) or 'no .onnx file'}"
+            + (f", and no {file}" if file else ": which one is meant is not said"),
+            where="input_model",
+            fix="Name the file in model_path.",
+        )
+    info = describe_graph(folder, file)
+    if path.is_dir() and len(found) == 1:
+        return info, Artifact(kind=Kind.ONNX, path=folder, digest=folder_digest(folder, memo))
+    assert info.graph is not None  # noqa: S101 - describe_graph gives one
+    digest = files_digest(folder, [file, *info.graph.files], memo)
+    return info, Artifact(kind=Kind.ONNX, path=folder, digest=digest, attributes={"file": file})
+
+
 def input_artifact(loaded: Loaded, folder: Path, root: Path) -> Artifact:
     """The input model, digested."""
     memo = root / "digests.json"
@@ -158,6 +192,8 @@ def input_artifact(loaded: Loaded, folder: Path, root: Path) -> Artifact:
 def _input(loaded: Loaded, root: Path, findings: list[Problem]) -> tuple[ModelInfo | None, Artifact | None]:
     given = loaded.workflow.input_model
     try:
+        if isinstance(given, OnnxModel):
+            return _graph_input(loaded, root)
         folder = unfolded(locate(given.model_path, loaded.base_dir, given.load_kwargs.revision), root)
         info, model = describe(folder), input_artifact(loaded, folder, root)
         if model.kind is Kind.ADAPTER:
@@ -169,6 +205,8 @@ def _input(loaded: Loaded, root: Path, findings: list[Problem]) -> tuple[ModelIn
 
 
 def _check_trust(workflow: Workflow, info: ModelInfo) -> Iterator[Problem]:
+    if info.kind in (Kind.ONNX, Kind.GENAI):
+        return
     kwargs = workflow.input_model.load_kwargs
     native = native_architecture(info)
     if kwargs.trust_remote_code and native:
@@ -204,6 +242,9 @@ def _previews(
         if config.name in used and info is not None:
             try:
                 held_out, seed = _held_out(workflow, config.name)
+                if info.kind is Kind.ONNX and not takes_tokens(info):
+                    previews[config.name] = look(config, loaded.base_dir)
+                    continue
                 previews[config.name] = preview(
                     config,
                     loaded.base_dir,
@@ -242,7 +283,8 @@ def _held_out(workflow: Workflow, name: str) -> tuple[float, int | None]:
 
 
 def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) -> Iterator[Problem]:
-    kind = Kind.ADAPTER if workflow.input_model.adapter_path else Kind.HF
+    graph = info is not None and info.kind in (Kind.ONNX, Kind.GENAI)
+    kind = Kind.ADAPTER if workflow.input_model.adapter_path else info.kind if graph and info else Kind.HF
     before, stored = PassParams(), format_of(info.config) if info is not None else None
     integers, given = False, info is not None and method_of(info.config) == METHOD
     for name, entry in workflow.passes.items():
@@ -282,7 +324,7 @@ def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) 
                 where,
                 "Use the model in floating point as input_model.",
             )
-        kind = technique.produces
+        kind = technique.makes(kind)
         integers, given, before = technique.makes_integers, False, entry.params
         missing = [name for name in technique.libraries if library_version(name, machine) is None]
         if missing:

@@ -58,9 +58,9 @@ def sample_prompts(plan: Plan, count: int) -> list[list[int]]:
 
 
 def rendered_sample(plan: Plan) -> tuple[dict[str, str] | None, str | None]:
-    """One rendered row, and the template of the text before the answer."""
+    """One rendered row, and the template of the text before the answer; none of rows of numbers."""
     name = _data_name(plan)
-    if name is None:
+    if name is None or (name in plan.previews and not plan.previews[name].parts):
         return None, None
     config = plan.workflow.data_config(name)
     pre = config.pre_process_data_config

@@ -220,7 +220,7 @@ def _attempt(
         meta = {
             "step": name,
             "type": state.plan.workflow.passes[name].type,
-            "kind": technique.produces.value,
+            "kind": technique.makes(model.kind).value,
             "attributes": result.attributes,
             "facts": result.facts,
             "series": result.series,
@@ -280,22 +280,23 @@ def _step_result(name: str, entry: Entry, cached: bool) -> StepResult:
 
 def _gates(state: _Run, job: Job, ctx: PassContext) -> list[GateResult]:
     """Hold what a step made against its gates; a failure raises and nothing is stored."""
-    from olive.engine.gates import bundle, integers, merge, parity
+    from olive.engine.gates import bundle, graph, integers, merge, parity
 
     checks: dict[str, Callable[..., GateResult]] = {
         "merge": merge.check,
         "parity": parity.check,
         "bundle": bundle.check,
         "integers": integers.check,
+        "graph": graph.check,
     }
     asked = []
-    for name in resolve(job.type).gates:
+    for name in resolve(job.type).gates_of(job.model.kind):
         if getattr(state.plan.workflow.gates, name).enabled:
             asked.append(name)
             continue
         message = f"the {name} gate is switched off by the document"
         state.findings.append(Problem(message, job.step, severity=Severity.WARNING))
-    if asked and state.prompts is None:
+    if set(asked) - {"graph"} and state.prompts is None:
         state.prompts = sample_prompts(state.plan, state.plan.workflow.gates.parity.prompts)
 
     def hold(name: str) -> GateResult:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from olive.config.base import Frozen
+from olive.models.onnx_header import GraphInfo
 
 
 class Kind(StrEnum):
@@ -50,6 +51,7 @@ class ModelInfo(Frozen):
         chat_template: whether the tokenizer brings one.
         adapter: folder of the adapter that the document brings beside the model.
         notes: what its user should know, e.g. of a format that was translated.
+        graph: of an ONNX model.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class ModelInfo(Frozen):
     chat_template: bool = False
     adapter: Path | None = None
     notes: tuple[str, ...] = ()
+    graph: GraphInfo | None = None
 
     @property
     def architecture(self) -> str:

@@ -19,6 +19,7 @@ from olive.hardware.products import choose_products
 from olive.hardware.tested import version_tuple
 from olive.models.artifact import Kind, ModelInfo
 from olive.models.foreign.opened import open_tensors, view_of
+from olive.models.graph import describe_bundle
 from olive.models.quantised import method_of
 from olive.models.stream import LazyTensors
 from olive.models.tensors import read_header, read_tensors
@@ -57,8 +58,7 @@ def describe(folder: Path) -> ModelInfo:
         raise ConfigError(f"{folder} {what}", fix="Name a folder that `save_pretrained` wrote, or a hub id.")
     template = _has_chat_template(folder)
     if (folder / "genai_config.json").is_file():
-        config = read_json(folder / "genai_config.json")
-        return ModelInfo(path=folder, kind=Kind.GENAI, config=config, tensors={}, chat_template=template)
+        return describe_bundle(folder, read_json(folder / "genai_config.json"), template)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         config = read_json(folder / "adapter_config.json")
         weights = folder / "adapter_model.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 from olive.engine.result import RunResult
 from olive.models.artifact import Kind
@@ -44,7 +45,9 @@ while not generator.is_done():
 
 def load_code(result: RunResult) -> str:
     """Three lines of Python that load ``model/`` from the output folder."""
-    return _LOAD[result.steps[-1].kind if result.steps else Kind.HF]
+    kind = result.steps[-1].kind if result.steps else Kind.HF
+    files = sorted(path.name for path in (Path(result.output_dir) / "model").glob("*.onnx"))
+    return _LOAD[kind].replace("model.onnx", files[0] if kind is Kind.ONNX and files else "model.onnx")
 
 
 def generate_code(result: RunResult) -> str | None:

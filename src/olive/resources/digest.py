@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,7 +43,16 @@ def folder_digest(path: Path, memo: Path | None = None) -> str:
     """
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder", fix="Name an existing folder.")
-    names = sorted(_walk(path, "", frozenset()))
+    return files_digest(path, _walk(path, "", frozenset()), memo)
+
+
+def files_digest(path: Path, names: Iterable[str], memo: Path | None = None) -> str:
+    """As of a folder of these files alone; names are relative to ``path``.
+
+    Raises:
+        ConfigError: one of them is missing.
+    """
+    names = sorted(names)
     digests = _digests([path / name for name in names], memo)
     sizes = [(path / name).stat().st_size for name in names]
     table = list(zip(names, sizes, digests, strict=True))

@@ -76,7 +76,7 @@ def _find(path_or_id: str, base_dir: Path, revision: str | None) -> tuple[Path |
     for path in looked:
         if path.is_dir():
             return path, looked
-        if path.suffix == ".gguf" and path.is_file():
+        if path.suffix in (".gguf", ".onnx") and path.is_file():
             return path, looked
         if path.exists():
             raise ConfigError(f"{path} is a file", fix="Name the folder that holds the model.")

@@ -14,6 +14,7 @@ from typing import Any
 from olive.errors import EnvironmentFault, InternalError, OliveError, PassFailed
 from olive.hardware.memory import collect_seldom, peak_memory, release_memory, reset_peak_memory
 from olive.hardware.probe import probe
+from olive.models.artifact import Kind
 from olive.passes.base import Pass, PassContext, Place, Progress
 from olive.passes.registry import resolve
 from olive.store.faults import environment_fault, full_disk
@@ -70,7 +71,7 @@ def execute(job: Job, progress: Progress, place: Place | None = None) -> tuple[J
     with failures_named(job.place, job.out):
         technique.run(job.model, params, ctx)
         if ctx.place.rank == 0:
-            _ensure(technique, job.out)
+            _ensure(technique, job.out, job.model.kind)
         release_memory()
         return _result(ctx, time.monotonic() - started), ctx
 
@@ -94,10 +95,10 @@ def _result(ctx: PassContext, seconds: float) -> JobResult:
         ) from error
 
 
-def _ensure(technique: Pass[Any], out: Path) -> None:
+def _ensure(technique: Pass[Any], out: Path, given: Kind) -> None:
     """Hold what the pass wrote against what it declares; a finding says who must act."""
     try:
-        technique.ensure(out)
+        technique.ensure(out, given)
     except PassFailed as error:
         raise PassFailed(
             problems=[

@@ -24,7 +24,7 @@ from olive.passes.base import PassContext
 from olive.passes.onnx.graphs import Graph, Stored
 from olive.passes.onnx.products import Found, Product, find, fresh
 from olive.passes.onnx.weight_only import Block, NodeParams, WeightPass
-from olive.passes.onnx.weights import UINT8, Error, dtype_of, product_nodes, raw, weight_parts
+from olive.passes.onnx.weights import UINT8, Error, dtype_of, error_of, in_parts, product_nodes, raw, row_of
 from olive.passes.quantize import kernels
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class OnnxBnb4Quantization(WeightPass["OnnxBnb4Quantization.Params"]):
     def check(
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
-        """Kernels of the target."""
+        """Names of nodes, and kernels of the target."""
+        yield from super().check(model, params, machine, accelerator)
         if accelerator.execution_provider not in kernels.BNB4:
             yield Problem(
                 f"no MatMulBnb4 of {accelerator.execution_provider} was verified here",
@@ -141,20 +142,14 @@ def _parts(
 
     began = time.perf_counter()
     scheme = Scheme(params.precision, params.block_size, double=False)
-    error = Error()
-    codes, scales = [], []
-    for _, weight in weight_parts(graph, one, device):
+
+    def part(_: slice, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Error]:
         made = quantise(weight, scheme)
-        error.add(weight, dequantise(made))
-        codes.append(made.codes.cpu())
-        scales.append(made.scales.to(dtype_of(one)).cpu())
-    rows[one.label] = {
-        "name": one.label,
-        "bits": 4,
-        "group_size": params.block_size,
-        "weight_error": error.share,
-        "seconds": round(time.perf_counter() - began, 4),
-    }
+        scales = made.scales.to(dtype_of(one))
+        return made.codes.cpu(), scales.cpu(), error_of(weight, dequantise(made))
+
+    codes, scales, errors = zip(*in_parts(graph, one, device, part), strict=True)
+    rows[one.label] = row_of(one, 4, params.block_size, errors, began)
     packed, absmax = torch.cat(codes), torch.cat(scales)
     return (
         Stored(packed.numpy(), UINT8, tuple(packed.shape)),

@@ -15,7 +15,7 @@ from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.passes.base import Cost, PassContext
 from olive.passes.onnx.graph_pass import GraphPass
-from olive.passes.onnx.graphs import Graph, graph_file
+from olive.passes.onnx.graphs import Graph, open_graph
 from olive.passes.onnx.names import named
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class OnnxFloatToFloat16(GraphPass["OnnxFloatToFloat16.Params"]):
 
         if model.kind is Kind.GENAI:
             refuse(check_bundle(params.keep_io_types, ctx.target.execution_provider))
-        graph = Graph(graph_file(model.path))
+        graph = open_graph(model)
         nodes = dict.fromkeys(node.name for node in graph.graph.node)
         kinds = dict.fromkeys(node.op_type for node in graph.graph.node)
         values = [one.name for one in (*graph.graph.input, *graph.graph.output)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from olive.config.base import PassParams
-from olive.models.artifact import Kind
-from olive.passes.base import Pass, PassContext
+from olive.data.plan import Preview
+from olive.hardware.machine import Machine
+from olive.models.artifact import Kind, ModelInfo
+from olive.passes.base import Cost, Pass, PassContext
 
 if TYPE_CHECKING:
     from olive.passes.onnx.graphs import Graph
@@ -28,6 +31,12 @@ class GraphPass(Pass[P]):
     def gates_of(cls, given: Kind) -> tuple[str, ...]:
         """A bundle is held as an export is; a plain graph against the one it was made of."""
         return ("parity", "bundle") if given is Kind.GENAI else cls.gates
+
+    def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
+        """A part of a weight in floating point, and the largest weight's integers."""
+        folder = model.path if model.path.is_dir() else model.path.parent
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return Cost(memory=(700 << 20) + size // 8, disk=size, seconds=2.0 + size * 2e-8)
 
     def write(self, graph: Graph, ctx: PassContext, task: str) -> int:
         """Write the changed graph and what else is in its folder; ``task`` is what the bar says.

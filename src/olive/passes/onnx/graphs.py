@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olive.errors import ConfigError, PassFailed, UntrustedInput
+from olive.models.artifact import Artifact
 from olive.passes.onnx.nodes import STANDARD, copy_of, inner_tensors, inputs_of
 from olive.passes.onnx.stored import Stored, byte_count, from_buffer, shares_bytes, write_tensor
 from olive.store.copying import copy_file
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-__all__ = ["Graph", "Stored", "graph_file"]
+__all__ = ["Graph", "Stored", "graph_file", "open_graph"]
 
 _AGAIN = "Copy or export the model again."
 
@@ -61,11 +62,20 @@ def graph_file(folder: Path) -> Path:
     return found[0]
 
 
+def open_graph(model: Artifact) -> Graph:
+    """The graph of an artifact; of one whose document names a file, that file alone is the model."""
+    named = model.attributes.get("file")
+    if named is None:
+        return Graph(graph_file(model.path))
+    return Graph(model.path / str(named), alone=True)
+
+
 class Graph:
     """An ONNX model, its weights on disk.
 
     Args:
         path: the ``.onnx`` file.
+        alone: whether what else is in its folder is no part of the model.
 
     Attributes:
         model: the ModelProto; weights with external data have none in memory.
@@ -79,11 +89,11 @@ class Graph:
         PassFailed: external data shorter than the graph says.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, alone: bool = False) -> None:
         import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+        from google.protobuf.message import DecodeError
 
-        self.path = path
+        self.path, self.alone = path, alone
         try:
             self.model: ModelProto = onnx.load(path, load_external_data=False)
         except (DecodeError, OSError) as error:
@@ -275,6 +285,8 @@ class Graph:
 
     def copy_rest(self, folder: Path) -> None:
         """Copy what else is in the model's folder: tokenizer, settings."""
+        if self.alone:
+            return
         used = self.files
         for path in sorted(self.path.parent.rglob("*")):
             target = folder / path.relative_to(self.path.parent)

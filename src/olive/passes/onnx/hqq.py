@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -32,9 +33,9 @@ class OnnxHqqQuantization(WeightOnly["OnnxHqqQuantization.Params"]):
         """The same for every node, with zero points."""
         return Settings(params.bits, params.block_size, symmetric=False)
 
-    def included(self, params: Params) -> tuple[str, ...]:
-        """Names of the only nodes to take."""
-        return params.nodes_to_include
+    def named(self, params: Params) -> dict[str, Iterable[str]]:
+        """Nodes to leave, and the only ones to take."""
+        return super().named(params) | {"nodes_to_include": params.nodes_to_include}
 
     def quantise(self, weight: torch.Tensor, grid: Grid, params: Params) -> Quantised:
         """Search the grids of some rows."""

@@ -13,7 +13,7 @@ from olive.errors import PassFailed
 from olive.models.artifact import Artifact, Kind
 from olive.passes.export.quiet import captured
 from olive.passes.onnx import feeds, preprocess, ranges
-from olive.passes.onnx.graphs import Graph, graph_file
+from olive.passes.onnx.graphs import Graph, open_graph
 from olive.passes.onnx.integer_layers import table
 from olive.passes.onnx.names import named
 
@@ -127,7 +127,7 @@ def how_of(params: StaticParams) -> ranges.How:
 @contextmanager
 def _prepared(model: Artifact, params: IntegerParams, ctx: PassContext) -> Iterator[_Work]:
     """The graph in a folder of its own, where the quantiser may write."""
-    graph = Graph(graph_file(model.path))
+    graph = open_graph(model)
     nodes = dict.fromkeys(node.name for node in graph.graph.node)
     chosen = named(params.nodes_to_quantize or (), nodes, "node", graph)
     without = named(params.nodes_to_exclude or (), nodes, "node", graph)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from olive.config.base import Frozen
-from olive.passes.onnx.graphs import Graph
-from olive.passes.onnx.products import Found, check_names
 from olive.passes.onnx.weight_only import Bits, Block, Settings, WeightOnly, WeightOnlyParams
 
 if TYPE_CHECKING:
@@ -47,10 +45,9 @@ class OnnxKQuantQuantization(WeightOnly["OnnxKQuantQuantization.Params"]):
         yield self.settings(params)
         yield from (self.settings(params, label) for label in params.customized_weight_config)
 
-    def find(self, graph: Graph, params: Params, provider: str) -> Found:
-        """Products; the nodes with settings of their own must be there."""
-        check_names(graph, {"customized_weight_config": params.customized_weight_config})
-        return super().find(graph, params, provider)
+    def named(self, params: Params) -> dict[str, Iterable[str]]:
+        """Nodes to leave, and those with settings of their own."""
+        return super().named(params) | {"customized_weight_config": params.customized_weight_config}
 
     def quantise(self, weight: torch.Tensor, grid: Grid, params: Params) -> Quantised:
         """Search the grids of some rows."""

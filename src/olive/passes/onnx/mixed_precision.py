@@ -15,7 +15,7 @@ from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.passes.base import Cost, PassContext
 from olive.passes.onnx.float16 import CPU, half_cost, on_cpu, refuse, write
 from olive.passes.onnx.graph_pass import GraphPass
-from olive.passes.onnx.graphs import Graph, graph_file
+from olive.passes.onnx.graphs import Graph, open_graph
 
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # of float16, above 0
 _THROUGH = ("Add", "Cast", "Identity", "Reshape")  # an addition of a bias
@@ -64,7 +64,7 @@ class OrtMixedPrecision(GraphPass["OrtMixedPrecision.Params"]):
         provider = ctx.target.execution_provider
         if model.kind is Kind.GENAI:
             refuse(_check_bundle(provider))
-        graph = Graph(graph_file(model.path))
+        graph = open_graph(model)
         output = graph.graph.output[0].name
         found = _head(graph, output)
         change = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from olive.config.suggest import did_you_mean
-from olive.errors import PassFailed
+from olive.errors import PassFailed, Problem, Severity
 from olive.passes.onnx.nodes import STANDARD, attributes, label_of
 
 if TYPE_CHECKING:
@@ -73,21 +73,26 @@ class Found:
 
 
 def find(
-    graph: Graph, kinds: Sequence[str], exclude: Iterable[str] = (), include: Iterable[str] = ()
+    graph: Graph,
+    kinds: Sequence[str],
+    nodes_to_exclude: Iterable[str] = (),
+    nodes_to_include: Iterable[str] = (),
+    **others: Iterable[str],
 ) -> Found:
     """Nodes of the main graph whose weight is a matrix of floating point among the initializers.
 
     Args:
         graph: of the model.
         kinds: operators that are looked for.
-        exclude: names of nodes that stay as they are.
-        include: names of the only nodes to take; all where empty.
+        nodes_to_exclude: names of nodes that stay as they are.
+        nodes_to_include: names of the only nodes to take; all where empty.
+        others: further parameters that name nodes.
 
     Raises:
         PassFailed: an unknown name, or no node is left.
     """
-    excluded, included = frozenset(exclude), frozenset(include)
-    check_names(graph, {"nodes_to_exclude": excluded, "nodes_to_include": included})
+    excluded, included = frozenset(nodes_to_exclude), frozenset(nodes_to_include)
+    check_names(graph, {"nodes_to_exclude": excluded, "nodes_to_include": included, **others})
     makers = {output: node for node in graph.graph.node for output in node.output}
     routers = _routers(graph)
     found = Found()
@@ -121,13 +126,27 @@ def check_names(graph: Graph, named: Mapping[str, Iterable[str]]) -> None:
     Raises:
         PassFailed: one is not; the message says which was probably meant.
     """
-    known = [node.name for node in graph.graph.node if node.name]
+    for problem in unknown([node.name for node in graph.graph.node], graph.path.name, named):
+        raise PassFailed(problem.message, where=problem.where, fix=problem.fix)
+
+
+def unknown(nodes: Iterable[str], file: str, named: Mapping[str, Iterable[str]]) -> Iterator[Problem]:
+    """Names that no node has; a warning each, since an earlier pass may make the node.
+
+    Args:
+        nodes: names of the nodes that are there.
+        file: of the graph.
+        named: parameter -> names of nodes.
+    """
+    known = [name for name in nodes if name]
     for parameter, names in named.items():
         for name in sorted(set(names) - set(known)):
-            raise PassFailed(
-                f"{graph.path.name} has no node {name!r}",
+            near = [one for one in known if len(known) < 20 or _near(one, name)]
+            yield Problem(
+                f"{file} has no node {name!r}",
                 where=parameter,
-                fix=did_you_mean(name, [one for one in known if len(known) < 20 or _near(one, name)]),
+                fix=did_you_mean(name, near or known[:5]),
+                severity=Severity.WARNING,
             )
 
 

@@ -12,7 +12,7 @@ from olive.errors import PassFailed
 from olive.models.artifact import Artifact
 from olive.passes.base import PassContext
 from olive.passes.onnx.graph_pass import GraphPass
-from olive.passes.onnx.graphs import Graph, Stored, graph_file
+from olive.passes.onnx.graphs import Graph, Stored, open_graph
 from olive.passes.onnx.nodes import attributes, label_of
 from olive.passes.onnx.products import check_names, fresh
 from olive.passes.onnx.weight_only import NodeParams
@@ -89,7 +89,7 @@ class MatMulNBitsToQDQ(GraphPass["MatMulNBitsToQDQ.Params"]):
             PassFailed: no MatMulNBits that has such a form, an unknown node, or operators that ONNX cannot
                 convert to opset 21.
         """
-        graph = Graph(graph_file(model.path) if model.path.is_dir() else model.path)
+        graph = open_graph(model)
         check_names(graph, {"nodes_to_exclude": params.nodes_to_exclude})
         graph.raise_opset(_OPSET)
         graph.model.ir_version = max(graph.model.ir_version, _IR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -33,9 +34,9 @@ class OnnxBlockWiseRtnQuantization(WeightOnly["OnnxBlockWiseRtnQuantization.Para
         """The same for every node."""
         return Settings(params.bits, params.block_size, params.is_symmetric)
 
-    def included(self, params: Params) -> tuple[str, ...]:
-        """Names of the only nodes to take."""
-        return params.nodes_to_include
+    def named(self, params: Params) -> dict[str, Iterable[str]]:
+        """Nodes to leave, and the only ones to take."""
+        return super().named(params) | {"nodes_to_include": params.nodes_to_include}
 
     def quantise(self, weight: torch.Tensor, grid: Grid, params: Params) -> Quantised:
         """Round some rows."""

@@ -18,23 +18,24 @@ from pydantic import Field
 
 from olive.config.base import PassParams
 from olive.config.workflow import Accelerator
-from olive.data.plan import Preview
 from olive.errors import PassFailed, Problem
 from olive.hardware.machine import Machine
 from olive.hardware.products import choose_products
 from olive.models.artifact import Artifact, ModelInfo
-from olive.passes.base import Cost, PassContext
+from olive.passes.base import PassContext
 from olive.passes.onnx.graph_pass import GraphPass
-from olive.passes.onnx.graphs import Graph, Stored, graph_file
-from olive.passes.onnx.products import Found, Product, find, fresh
+from olive.passes.onnx.graphs import Graph, Stored, open_graph
+from olive.passes.onnx.products import Found, Product, find, fresh, unknown
 from olive.passes.onnx.weights import (
     DOMAIN,
     UINT8,
     Error,
     dtype_of,
+    error_of,
+    in_parts,
     product_nodes,
     raw,
-    weight_parts,
+    row_of,
 )
 from olive.passes.quantize import kernels
 
@@ -96,11 +97,17 @@ class WeightPass(GraphPass[P]):
     libraries = ("onnx", "onnxruntime", "torch")
     hardware = ("device", "execution_provider")
 
-    def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
-        """A part of a weight in floating point, and the largest weight's integers."""
-        folder = model.path if model.path.is_dir() else model.path.parent
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        return Cost(memory=(700 << 20) + size // 8, disk=size, seconds=2.0 + size * 2e-8)
+    def named(self, params: P) -> dict[str, Iterable[str]]:
+        """Parameter -> the nodes that it names."""
+        return {"nodes_to_exclude": params.nodes_to_exclude}
+
+    def check(
+        self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator
+    ) -> Iterable[Problem]:
+        """Names of nodes, where the input is a graph."""
+        if model.graph is not None:
+            nodes = (node.name for node in model.graph.nodes)
+            yield from unknown(nodes, model.graph.file, self.named(params))
 
     def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
         """Quantise the graph of ``model`` into ``ctx.out``.
@@ -114,7 +121,7 @@ class WeightPass(GraphPass[P]):
         if ctx.accelerator.device == "cpu":
             torch.set_num_threads(max(1, ctx.machine.cores))
             choose_products(ctx.machine.cpu, ctx.machine.cpu_features)
-        graph = Graph(graph_file(model.path) if model.path.is_dir() else model.path)
+        graph = open_graph(model)
         found = self.find(graph, params, ctx.target.execution_provider)
         if not found.products:
             reasons = "".join(f"; {label}: {reason}" for label, reason in list(found.left.items())[:3])
@@ -189,21 +196,18 @@ class WeightOnly(WeightPass[W]):
         """Every setting that the parameters name."""
         yield self.settings(params)
 
-    def included(self, params: W) -> tuple[str, ...]:
-        """Names of the only nodes to take; all where empty."""
-        return ()
-
     def check(
         self, model: ModelInfo, params: W, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
-        """Kernels of the target."""
+        """Names of nodes, and kernels of the target."""
+        yield from super().check(model, params, machine, accelerator)
         pairs = {(one.bits, one.block) for one in self.all_settings(params)}
         yield from kernels.problems(pairs, accelerator.execution_provider, where="block_size")
 
     def find(self, graph: Graph, params: W, provider: str) -> Found:
         """Products, and look-ups where the provider's kernel was verified."""
         kinds = ("MatMul", "Gemm", "Gather") if self.embeddings else ("MatMul", "Gemm")
-        found = find(graph, kinds, params.nodes_to_exclude, self.included(params))
+        found = find(graph, kinds, **self.named(params))
         for one in [one for one in found.products if one.kind == "Gather"]:
             settings = self.settings(params, one.label)
             reason = None
@@ -274,27 +278,24 @@ class WeightOnly(WeightPass[W]):
         zeros = None
         if not settings.symmetric:
             zeros = torch.empty(one.rows, -(-blocks * settings.bits // 8), dtype=torch.uint8)
-        error = Error()
-        for part, weight in weight_parts(graph, one, device, settings.block):
+
+        def part(place: slice, weight: torch.Tensor) -> Error:
             whole = self.quantise(weight, grid, params)
             stored, codes = whole.scales.to(dtype).float(), whole.codes
             if dtype != torch.float32:
                 codes = encode(weight, grid, stored, whole.zeros)
-            error.add(weight, Quantised(grid, codes, stored, whole.zeros).dequantise())
+            error = error_of(weight, Quantised(grid, codes, stored, whole.zeros).dequantise())
             codes[:, one.columns :] = 0
-            packed[part] = pack(codes[:, :kept], settings.bits).cpu()
-            scales[part] = stored.to(dtype).cpu()
+            packed[place] = pack(codes[:, :kept], settings.bits).cpu()
+            scales[place] = stored.to(dtype).cpu()
             if zeros is not None and whole.zeros is not None:
                 odd = (0, zeros.shape[1] * 8 // settings.bits - blocks)
                 points = torch.nn.functional.pad(whole.zeros, odd, value=grid.middle)
-                zeros[part] = pack(points, settings.bits).cpu()
-        rows[one.label] = {
-            "name": one.label,
-            "bits": settings.bits,
-            "group_size": settings.block,
-            "weight_error": error.share,
-            "seconds": round(time.perf_counter() - began, 4),
-        }
+                zeros[place] = pack(points, settings.bits).cpu()
+            return error
+
+        errors = in_parts(graph, one, device, part, settings.block)
+        rows[one.label] = row_of(one, settings.bits, settings.block, errors, began)
         shape: tuple[int, ...] = (one.rows, packed.shape[1])
         if one.kind != "Gather":
             shape = (one.rows, blocks, settings.block * settings.bits // 8)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from olive.errors import PassFailed
 from olive.passes.onnx.graphs import Graph
@@ -16,31 +17,50 @@ if TYPE_CHECKING:
 
 DOMAIN = "com.microsoft"
 UINT8 = 2  # TensorProto.DataType
-_PART = 1 << 22  # weights in floating point at a time
+_PART = 1 << 18  # weights of a part: its buffers stay in a core's caches
+_ROWS = 256  # a part has whole blocks even where they run over the ends of rows
+
+R = TypeVar("R")
 
 
-@dataclass(slots=True)
-class Error:
-    """Squared error over the sum of squares, part by part."""
+class Error(NamedTuple):
+    """Squared error, and the sum of squares, of some weights."""
 
-    lost: float = 0.0
-    own: float = 0.0
-
-    def add(self, weight: torch.Tensor, expanded: torch.Tensor) -> None:
-        """Count a part and what its integers stand for."""
-        self.lost += float((expanded - weight).square().sum())
-        self.own += float(weight.square().sum())
-
-    @property
-    def share(self) -> float:
-        """0 for a weight of zeros."""
-        return self.lost / self.own if self.own else 0.0
+    lost: float
+    own: float
 
 
-def weight_parts(
-    graph: Graph, one: Product, device: str, block: int = 1
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Some rows of a weight at a time, float32 (rows, columns), filled up with zeros to whole blocks.
+def error_of(weight: torch.Tensor, expanded: torch.Tensor) -> Error:
+    """Of a weight and what its integers stand for."""
+    return Error(float((expanded - weight).square_().sum()), float(weight.square().sum()))
+
+
+def row_of(one: Product, bits: int, block: int, errors: Iterable[Error], began: float) -> dict[str, Any]:
+    """What the report says of a weight, as of the layers of other quantisers."""
+    lost, own = map(sum, zip(*errors, strict=True))
+    return {
+        "name": one.label,
+        "bits": bits,
+        "group_size": block,
+        "weight_error": lost / own if own else 0.0,
+        "seconds": round(time.perf_counter() - began, 4),
+    }
+
+
+def in_parts(
+    graph: Graph, one: Product, device: str, work: Callable[[slice, torch.Tensor], R], block: int = 1
+) -> list[R]:
+    """Do something to some rows of a weight at a time; on a CPU a part a thread.
+
+    Args:
+        graph: that the weight was read with.
+        one: whose weight.
+        device: of the rows.
+        work: given which rows, and float32 (rows, columns), filled up with zeros to whole blocks.
+        block: weights of a block.
+
+    Returns:
+        What ``work`` gave, in the order of the rows.
 
     Raises:
         PassFailed: the weight has NaN or infinity.
@@ -48,12 +68,15 @@ def weight_parts(
     import numpy as np
     import torch
 
+    from olive.quantization.threads import one_thread_an_operation
+
     array = graph.read(one.weight)
-    step = max(256, _PART // one.columns // 256 * 256)
+    step = max(_ROWS, _PART // one.columns // _ROWS * _ROWS)
     short = -one.columns % block
-    for first in range(0, one.rows, step):
-        part = slice(first, min(first + step, one.rows))
-        wide = np.array(array[part] if one.stored else array[:, part].T, dtype=np.float32, order="C")
+
+    def part(first: int) -> R:
+        rows = slice(first, min(first + step, one.rows))
+        wide = np.array(array[rows] if one.stored else array[:, rows].T, dtype=np.float32, order="C")
         weight = torch.from_numpy(wide).to(device)
         if not bool(torch.stack(weight.aminmax()).isfinite().all()):
             every = np.asarray(array, dtype=np.float32)
@@ -61,7 +84,13 @@ def weight_parts(
                 f"{one.weight} has {int((~np.isfinite(every)).sum())} values that are NaN or infinite",
                 fix="Look at what made this model; of a fine-tuning, lower the learning rate.",
             )
-        yield part, torch.nn.functional.pad(weight, (0, short)) if short else weight
+        return work(rows, torch.nn.functional.pad(weight, (0, short)) if short else weight)
+
+    firsts = range(0, one.rows, step)
+    if device != "cpu":
+        return [part(first) for first in firsts]
+    with one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(part, firsts))
 
 
 def raw(values: torch.Tensor) -> Any:
