@@ -14,6 +14,7 @@ import tiny
 import training_kit
 from adapter_kit import context
 from graph_kit import FLOAT, INT64, mlp, model_of, outputs_of, relative, rows, run, save, weights_of
+from olive import workflows
 from olive.config.gates import BundleGate, ParityGate
 from olive.config.workflow import Accelerator, DataConfig
 from olive.data.plan import Preview
@@ -538,3 +539,33 @@ def test_a_plan_counts_tokens() -> None:
         technique().estimate(info, params, machine, {"train": few})
     plain = info.model_copy(update={"kind": Kind.ONNX})
     assert technique().estimate(plain, params, machine, {"train": few}).seconds == pytest.approx(2.06)
+
+
+def test_by_a_document(tmp_path: Path, data: dict[str, DataConfig]) -> None:
+    source = mlp(tmp_path / "source")
+    rows_of = data["calibration"].model_dump(exclude_unset=True, mode="json")
+    static_pass = {"type": "OnnxStaticQuantization", "data_config": "calibration", "per_channel": True}
+    document: dict[str, Any] = {
+        "input_model": {"type": "OnnxModel", "model_path": str(source / "model.onnx")},
+        "data_configs": [rows_of],
+        "passes": {"q": static_pass | {"activation_type": "uint8", "save_as_external_data": True}},
+    }
+    made = workflows.run(document, output_dir=tmp_path / "out", cache_dir=tmp_path / "cache")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "weight error" in page
+    assert [gate.gate for gate in made.steps[0].gates] == ["graph"]
+    assert "first_quantized" in weights_of(tmp_path / "out" / "model")
+    assert len(made.steps[0].facts["layers"]) == 2
+    document["passes"] = {"h": {"type": "OnnxFloatToFloat16", "use_symbolic_shape_infer": True}}
+    made = workflows.run(document, output_dir=tmp_path / "half", cache_dir=tmp_path / "cache")
+    assert weights_of(tmp_path / "half" / "model")["first"].dtype == np.float16
+    document["passes"] = {"q": static_pass | {"nodes_to_exclude": ["tow"]}}
+    found = workflows.plan(document, output_dir=tmp_path / "p", cache_dir=tmp_path / "cache").findings
+    assert any("no node 'tow'" in one.message for one in found)
+    bad = rows(tmp_path / "bad", [{"z": [[1.0]]}], "calibration")["calibration"]
+    document["data_configs"] = [bad.model_dump(exclude_unset=True, mode="json")]
+    found = workflows.plan(document, output_dir=tmp_path / "p", cache_dir=tmp_path / "cache").findings
+    assert any("no column 'x'" in one.message for one in found if one.severity is Severity.ERROR)
+    document["passes"] = {"q": {"type": "OnnxStaticQuantization"}}
+    found = workflows.plan(document, output_dir=tmp_path / "p", cache_dir=tmp_path / "cache").findings
+    assert any("nothing to calibrate on" in one.message for one in found)

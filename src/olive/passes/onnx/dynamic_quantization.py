@@ -25,7 +25,7 @@ class OnnxDynamicQuantization(GraphPass["OnnxDynamicQuantization.Params"]):
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
         """What the processor and the provider do with it."""
-        yield from integer_params.check(params, machine, accelerator.execution_provider, static=False)
+        yield from integer_params.check(model, params, machine, accelerator.execution_provider, static=False)
 
     def estimate(
         self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]

@@ -16,7 +16,7 @@ from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.passes.base import Cost, PassContext
 from olive.passes.onnx.graph_pass import GraphPass
 from olive.passes.onnx.graphs import Graph, open_graph
-from olive.passes.onnx.names import named
+from olive.passes.onnx.names import named, unknown
 
 if TYPE_CHECKING:
     from olive.passes.onnx.half import Converted, Rules
@@ -79,6 +79,14 @@ class OnnxFloatToFloat16(GraphPass["OnnxFloatToFloat16.Params"]):
                 f"{params.max_finite_val:g}",
                 where="min_positive_val",
             )
+        if model.graph is not None:
+            graph, keep = model.graph, params.keep_io_types
+            nodes = dict.fromkeys(node.name for node in graph.nodes)
+            lists = {"node_block_list": params.node_block_list, "node_include_list": params.node_include_list}
+            yield from unknown(graph.file, nodes, "node", lists)
+            values = [one.name for one in (*graph.inputs, *graph.outputs)]
+            kept = {"keep_io_types": () if isinstance(keep, bool) else keep}
+            yield from unknown(graph.file, values, "input or output", kept)
         if model.kind is not Kind.ONNX:
             yield from check_bundle(params.keep_io_types, accelerator.execution_provider)
         elif accelerator.execution_provider == CPU:

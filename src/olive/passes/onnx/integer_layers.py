@@ -20,8 +20,8 @@ def table(before: Graph, after: Graph) -> list[dict[str, Any]]:
         after: as onnxruntime's quantiser names integers, scales and zero points.
 
     Returns:
-        rows with ``name``, ``bits``, ``scales`` (how many) and ``weight_error``, the squared error over the
-        sum of squares.
+        rows with ``name``, ``bits``, ``scales`` (how many), ``group_size`` (weights that share one; -1: those
+        of an output) and ``weight_error``, the squared error over the sum of squares.
     """
     import numpy as np
 
@@ -55,7 +55,15 @@ def table(before: Graph, after: Graph) -> list[dict[str, Any]]:
             scales.reshape(shape) if scales.size > 1 else scales.reshape(())
         )
         error = relative_error(weight, stands_for)
-        rows.append({"name": name, "bits": bits, "scales": int(scales.size), "weight_error": error})
+        rows.append(
+            {
+                "name": name,
+                "bits": bits,
+                "group_size": -1 if scales.size > 1 else int(weight.size),
+                "scales": int(scales.size),
+                "weight_error": error,
+            }
+        )
     return rows
 
 

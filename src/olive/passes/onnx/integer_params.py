@@ -14,13 +14,17 @@ from olive.errors import ConfigError, Problem, Severity
 from olive.hardware.machine import Machine
 from olive.hardware.probe import matrix_rate
 from olive.models.artifact import Kind, ModelInfo
+from olive.models.graph import takes_tokens
+from olive.models.onnx_header import GraphInfo
 from olive.passes.base import Cost
 from olive.passes.onnx.feeds import FeedParams
+from olive.passes.onnx.names import unknown
 from olive.passes.quantize.calibration import ENOUGH, MINIMUM
 
 Precision = Literal["int4", "uint4", "int8", "uint8", "int16", "uint16"]
 Activation = Literal["int8", "uint8", "int16", "uint16"]
 CPU = "CPUExecutionProvider"
+OLDEST = 11  # version of the operators that the quantised ones fit
 _OPTIONS = (
     "ActivationRestrictedAsymmetric", "AddQDQPairToWeight", "BlockSize", "CalibMovingAverage",
     "CalibMovingAverageConstant", "CalibPercentile", "CalibTensorRangeSymmetric", "DedicatedQDQPair",
@@ -105,9 +109,13 @@ class StaticParams(IntegerParams, FeedParams):
     )
 
 
-def check(params: IntegerParams, machine: Machine, provider: str, *, static: bool) -> Iterable[Problem]:
-    """Combinations that onnxruntime refuses, computes wrongly, or slowly."""
+def check(
+    model: ModelInfo, params: IntegerParams, machine: Machine, provider: str, *, static: bool
+) -> Iterable[Problem]:
+    """Combinations that onnxruntime refuses, computes wrongly or slowly; names that are not in the graph."""
     yield from _check_options(params)
+    if model.graph is not None:
+        yield from _check_graph(model.graph, params)
     bits = int(params.precision.removeprefix("u").removeprefix("int"))
     if params.reduce_range and bits != 8:
         yield Problem(
@@ -146,6 +154,20 @@ def check(params: IntegerParams, machine: Machine, provider: str, *, static: boo
             where="reduce_range",
             severity=Severity.WARNING,
             fix="Set reduce_range false unless the model goes to older processors.",
+        )
+
+
+def _check_graph(graph: GraphInfo, params: IntegerParams) -> Iterable[Problem]:
+    nodes = dict.fromkeys(node.name for node in graph.nodes)
+    lists = {"nodes_to_quantize": params.nodes_to_quantize, "nodes_to_exclude": params.nodes_to_exclude}
+    yield from unknown(graph.file, nodes, "node", lists)
+    kinds = dict.fromkeys(node.op_type for node in graph.nodes)
+    yield from unknown(graph.file, kinds, "operator", {"op_types_to_quantize": params.op_types_to_quantize})
+    version = graph.opsets.get("", OLDEST)
+    if version < OLDEST:
+        yield Problem(
+            f"{graph.file} has operators of version {version}; integers need {OLDEST} and later",
+            fix="Export the model again with a later opset.",
         )
 
 
@@ -252,11 +274,25 @@ def static_cost(
     """With forward passes over the calibration data.
 
     Raises:
-        ConfigError: a language model is given too few tokens.
+        ConfigError: a language model is given too few tokens, any other graph rows without its inputs.
     """
     plain, tokens = cost(model), 0
     found = data.get(params.data_config or "")
-    if model.kind is not Kind.ONNX:
+    text = model.kind is not Kind.ONNX or takes_tokens(model)
+    if not text and found is not None and found.columns and model.graph is not None:
+        missing = [one.name for one in model.graph.inputs if one.name not in found.columns]
+        if missing:
+            raise ConfigError(
+                problems=[
+                    Problem(
+                        f"{found.name} has no column {missing[0]!r}, an input of {model.graph.file}; "
+                        f"it has {', '.join(found.columns)}",
+                        where="data_config",
+                        fix='Give each row one column an input, as nested lists: {"x": [[0.1, 0.2]]}.',
+                    )
+                ]
+            )
+    if text:
         tokens = params.calibration_tokens
         if found is not None and found.tokens:
             tokens = min(tokens, found.tokens)

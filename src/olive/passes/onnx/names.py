@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 
-from olive.errors import PassFailed
+from olive.errors import PassFailed, Problem, Severity
 from olive.passes.onnx.graphs import Graph
 
 
@@ -24,16 +24,44 @@ def named(given: Iterable[str], known: Collection[str], what: str, graph: Graph)
     """
     found: set[str] = set()
     for name in given:
-        if name in known:
-            found.add(name)
-            continue
-        pattern = re.escape(name).replace(r"\*", ".*").replace(r"\?", ".")
-        fits = {one for one in known if re.fullmatch(pattern, one)} if pattern != re.escape(name) else set()
+        fits = _fits(name, known)
         if not fits:
-            close = get_close_matches(name, list(known), n=1)
-            raise PassFailed(
-                f"{graph.path.name} has no {what} {name!r}",
-                fix=f"Did you mean {close[0]}?" if close else f"It has {', '.join(sorted(known)[:8])} ...",
-            )
+            raise PassFailed(f"{graph.path.name} has no {what} {name!r}", fix=_close(name, known))
         found |= fits
     return [one for one in known if one in found]
+
+
+def unknown(
+    file: str, known: Collection[str], what: str, given: Mapping[str, Iterable[str] | None]
+) -> Iterator[Problem]:
+    """Names that the input graph does not have; warnings, since an earlier pass may make them.
+
+    Args:
+        file: of the graph.
+        known: names of the graph.
+        what: what they are names of.
+        given: parameter -> names.
+    """
+    for parameter, names in given.items():
+        for name in names or ():
+            if not _fits(name, known):
+                yield Problem(
+                    f"{file} has no {what} {name!r}",
+                    where=parameter,
+                    fix=_close(name, known),
+                    severity=Severity.WARNING,
+                )
+
+
+def _fits(name: str, known: Collection[str]) -> set[str]:
+    if name in known:
+        return {name}
+    if not set(name) & {"*", "?"}:
+        return set()
+    pattern = re.compile(re.escape(name).replace(r"\*", ".*").replace(r"\?", "."))
+    return {one for one in known if pattern.fullmatch(one)}
+
+
+def _close(name: str, known: Collection[str]) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f"Did you mean {close[0]}?" if close else f"It has {', '.join(sorted(known)[:8])} ..."

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from olive.errors import PassFailed
 from olive.passes.export.quiet import captured
+from olive.passes.onnx.integer_params import OLDEST
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
 
-OLDEST = 11  # version of the operators that the quantised ones fit
 _JOINED = "MatMulAddFusion"  # makes a Gemm of them
 _FOLDED = "ConstantFolding"
 _LARGE = 1 << 20  # bytes of a weight that is not stored twice

@@ -36,7 +36,7 @@ class OnnxQuantization(GraphPass["OnnxQuantization.Params"]):
     ) -> Iterable[Problem]:
         """As the pass of the mode."""
         static = params.quant_mode == "static"
-        yield from integer_params.check(params, machine, accelerator.execution_provider, static=static)
+        yield from integer_params.check(model, params, machine, accelerator.execution_provider, static=static)
         unread = sorted(params.model_fields_set & _CALIBRATION) if not static else []
         if unread:
             yield Problem(

@@ -25,7 +25,7 @@ class OnnxStaticQuantization(GraphPass["OnnxStaticQuantization.Params"]):
         self, model: ModelInfo, params: Params, machine: Machine, accelerator: Accelerator
     ) -> Iterable[Problem]:
         """Data, and what the processor and the provider do with the integers."""
-        yield from integer_params.check(params, machine, accelerator.execution_provider, static=True)
+        yield from integer_params.check(model, params, machine, accelerator.execution_provider, static=True)
 
     def estimate(
         self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
