@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from olive.config.base import PassParams
 from olive.config.workflow import Accelerator
-from olive.data.plan import Preview
 from olive.errors import PassFailed, Problem, Severity
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
-from olive.passes.base import Cost, PassContext
+from olive.passes.base import PassContext
 from olive.passes.onnx.graph_pass import GraphPass
 from olive.passes.onnx.graphs import Graph, open_graph
 from olive.passes.onnx.names import named, unknown
@@ -92,12 +91,6 @@ class OnnxFloatToFloat16(GraphPass["OnnxFloatToFloat16.Params"]):
         elif accelerator.execution_provider == CPU:
             yield on_cpu()
 
-    def estimate(
-        self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
-    ) -> Cost:
-        """One matrix at a time."""
-        return half_cost(model)
-
     def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:
         """Write the graph in float16 into ``ctx.out``.
 
@@ -129,7 +122,7 @@ class OnnxFloatToFloat16(GraphPass["OnnxFloatToFloat16.Params"]):
             low=params.min_positive_val,
             high=params.max_finite_val,
         )
-        write(graph, rules, ctx)
+        convert_and_write(self, graph, rules, ctx)
 
 
 def check_bundle(keep: bool | tuple[str, ...], provider: str) -> Iterable[Problem]:
@@ -168,7 +161,7 @@ def refuse(problems: Iterable[Problem]) -> None:
         raise PassFailed(problem.message, where=problem.where, fix=problem.fix)
 
 
-def write(graph: Graph, rules: Rules, ctx: PassContext) -> Converted:
+def convert_and_write(technique: GraphPass[Any], graph: Graph, rules: Rules, ctx: PassContext) -> Converted:
     """Convert ``graph`` and write it, with what else is in its folder.
 
     Raises:
@@ -182,17 +175,7 @@ def write(graph: Graph, rules: Rules, ctx: PassContext) -> Converted:
             f"{graph.path.name} has nothing in float32 that may become float16",
             fix="Look at op_block_list and node_block_list, and at the precision of the model.",
         )
-    ctx.progress.start("float16", len(graph.weights))
-    written = 0
-
-    def count(_: str) -> None:
-        nonlocal written
-        written += 1
-        ctx.progress.update(written)
-
-    graph.save(ctx.out, done=count)
-    ctx.progress.finish()
-    graph.copy_rest(ctx.out)
+    technique.write(graph, ctx, "float16")
     many = {name: above for name, (_, above) in done.clipped.items() if above}
     if many:
         ctx.progress.note(
@@ -214,8 +197,3 @@ def _table(done: Converted) -> list[dict[str, Any]]:
         few, many = done.clipped.get(name, (0, 0))
         rows.append({"name": name, "bits": 16, "weight_error": error, "raised": few, "clipped": many})
     return rows
-
-
-def half_cost(model: ModelInfo) -> Cost:
-    """Of any pass that streams weights to float16."""
-    return Cost(memory=(300 << 20), disk=2 * model.parameters, seconds=1.0 + model.parameters * 8e-9)

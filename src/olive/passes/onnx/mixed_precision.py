@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from pydantic import Field
 
 from olive.config.base import PassParams
 from olive.config.workflow import Accelerator
-from olive.data.plan import Preview
 from olive.errors import Problem
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
-from olive.passes.base import Cost, PassContext
-from olive.passes.onnx.float16 import CPU, half_cost, on_cpu, refuse, write
+from olive.passes.base import PassContext
+from olive.passes.onnx.float16 import CPU, convert_and_write, on_cpu, refuse
 from olive.passes.onnx.graph_pass import GraphPass
 from olive.passes.onnx.graphs import Graph, open_graph
 
@@ -47,12 +46,6 @@ class OrtMixedPrecision(GraphPass["OrtMixedPrecision.Params"]):
         elif accelerator.execution_provider == CPU:
             yield on_cpu()
 
-    def estimate(
-        self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
-    ) -> Cost:
-        """One matrix at a time."""
-        return half_cost(model)
-
     def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:
         """Write the graph into ``ctx.out``.
 
@@ -79,7 +72,7 @@ class OrtMixedPrecision(GraphPass["OrtMixedPrecision.Params"]):
         rules = Rules(
             provider, keep, frozenset(params.op_block_list), nodes, _SMALLEST, _LARGEST, force=exact
         )
-        write(graph, rules, ctx)
+        convert_and_write(self, graph, rules, ctx)
         ctx.facts.update(head=found[0] if found else None, head_change=change, head_float32=bool(nodes))
 
 
