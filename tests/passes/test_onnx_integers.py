@@ -559,6 +559,9 @@ def test_by_a_document(tmp_path: Path, data: dict[str, DataConfig]) -> None:
     document["passes"] = {"h": {"type": "OnnxFloatToFloat16", "use_symbolic_shape_infer": True}}
     made = workflows.run(document, output_dir=tmp_path / "half", cache_dir=tmp_path / "cache")
     assert weights_of(tmp_path / "half" / "model")["first"].dtype == np.float16
+    again = document | {"input_model": {"type": "OnnxModel", "model_path": str(tmp_path / "half" / "model")}}
+    again["passes"] = {"q": {"type": "OnnxDynamicQuantization"}}
+    workflows.run(again, output_dir=tmp_path / "again", cache_dir=tmp_path / "cache")
     document["passes"] = {"q": static_pass | {"nodes_to_exclude": ["tow"]}}
     found = workflows.plan(document, output_dir=tmp_path / "p", cache_dir=tmp_path / "cache").findings
     assert any("no node 'tow'" in one.message for one in found)
