@@ -22,6 +22,7 @@ from olive.hardware.probe import probe
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.passes.export.model_builder import ModelBuilder
 from olive.passes.onnx.half import DEFAULT_BLOCKED
+from olive.passes.onnx.rounding import rounded
 from olive.passes.registry import resolve
 
 HALF = TensorProto.FLOAT16
@@ -128,6 +129,21 @@ def test_magnitudes_outside_of_the_limits(tmp_path: Path) -> None:
     assert any("2 values above 60000" in note for note in ctx.progress.notes)  # type: ignore[attr-defined]
     again = run("OnnxFloatToFloat16", source, tmp_path / "b", provider=CUDA)
     assert weights_of(again.out)["w"][0, 0] == np.float16(1e4)
+
+
+def test_magnitudes_as_onnxruntime_moves_them() -> None:
+    from onnxruntime.transformers.float16 import convert_np_to_float16
+
+    draw = np.random.default_rng(0)
+    value = (draw.normal(size=20_000) * 10.0 ** draw.uniform(-12, 8, 20_000)).astype("float32")
+    value[:6] = [0, -0.0, np.inf, -np.inf, np.nan, 65504]
+    for low, high in ((1e-7, 1e4), (2.0**-24, 65504.0)):
+        made, few, many = rounded(value, low, high)
+        want = convert_np_to_float16(value, low, high)
+        np.testing.assert_array_equal(made.view(np.uint16), want.view(np.uint16))
+        size = np.abs(value)
+        assert few == ((size > 0) & (size < low)).sum()
+        assert many == ((size > high) & np.isfinite(size)).sum()
 
 
 def branchy(folder: Path) -> Path:

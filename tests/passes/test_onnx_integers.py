@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import tiny
 import training_kit
@@ -120,6 +120,45 @@ def test_a_moving_average_of_ranges_and_one_that_is_symmetric(
     assert made["x_zero_point"] == 0
     wide = weights_of(static(source, tmp_path / "d", data, min_real_range=1000.0).out)
     assert wide["x_scale"] == pytest.approx(1000 / 255, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
+def test_the_numbers_are_those_of_onnxruntime(tmp_path: Path, data: dict[str, DataConfig], form: str) -> None:
+    from onnxruntime import quantization as theirs
+
+    class Reader(theirs.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rows = iter(ROWS)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            found = next(self.rows, None)
+            return None if found is None else {"x": found}
+
+    source, wanted = mlp(tmp_path / "source"), tmp_path / "theirs.onnx"
+    theirs.quantize_static(
+        str(mlp(tmp_path / "copy", outside=False) / "model.onnx"),
+        str(wanted),
+        Reader(),
+        quant_format=theirs.QuantFormat[form],
+        per_channel=True,
+        activation_type=theirs.QuantType.QUInt8,
+        weight_type=theirs.QuantType.QInt8,
+    )
+    ctx = static(
+        source,
+        tmp_path / "made",
+        data,
+        quant_format=form,
+        per_channel=True,
+        activation_type="uint8",
+        prepare_qdq_config=False,
+        quant_preprocess=False,
+    )
+    want = {one.name: numpy_helper.to_array(one) for one in onnx.load(wanted).graph.initializer}
+    made = weights_of(ctx.out)
+    assert set(made) == set(want)
+    for name, value in want.items():
+        np.testing.assert_array_equal(made[name], value)
 
 
 def test_methods_give_other_ranges(tmp_path: Path) -> None:
