@@ -73,6 +73,53 @@ def mlp(folder: Path, *, head: float = 1.0, **more: Any) -> Path:
     return save(folder, nodes, {"x": (FLOAT, ["n", 16])}, {"y": (FLOAT, ["n", 8])}, weights, **more)
 
 
+def transformer(folder: Path, *, vocabulary: int = 40, width: int = 32, heads: int = 4, **more: Any) -> Path:
+    """An encoder layer: input_ids, attention_mask (1, n) -> y (1, n, width)."""
+    draw = np.random.default_rng(9)
+    size = width // heads
+
+    def weight(*shape: int) -> np.ndarray:
+        return (draw.normal(size=shape) / np.sqrt(shape[0])).astype("float32")
+
+    weights = {name: weight(width, width) for name in ("wq", "wk", "wv", "wo")}
+    weights |= {"table": weight(vocabulary, width) * 4, "up": weight(width, 2 * width)}
+    weights |= {"down": weight(2 * width, width), "scale": np.ones(width, "float32")}
+    weights |= {"split": np.array([1, -1, heads, size]), "join": np.array([1, -1, width])}
+    weights |= {"root": np.array(size**-0.5, "float32"), "one": np.array(1.0, "float32")}
+    weights |= {"far": np.array(-1e4, "float32"), "axes": np.array([1, 2])}
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["x"], "embed"),
+        helper.make_node("LayerNormalization", ["x", "scale"], ["n"], "norm"),
+        helper.make_node("Cast", ["attention_mask"], ["m1"], "cast", to=FLOAT),
+        helper.make_node("Sub", ["one", "m1"], ["m2"], "sub"),
+        helper.make_node("Mul", ["m2", "far"], ["m3"], "far_away"),
+        helper.make_node("Unsqueeze", ["m3", "axes"], ["mask"], "unsqueeze"),
+    ]
+    for part, order in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3])):
+        nodes += [
+            helper.make_node("MatMul", ["n", f"w{part}"], [f"{part}1"], f"{part}_proj"),
+            helper.make_node("Reshape", [f"{part}1", "split"], [f"{part}2"], f"{part}_split"),
+            helper.make_node("Transpose", [f"{part}2"], [f"{part}3"], f"{part}_turn", perm=order),
+        ]
+    nodes += [
+        helper.make_node("MatMul", ["q3", "k3"], ["s1"], "scores"),
+        helper.make_node("Mul", ["s1", "root"], ["s2"], "rooted"),
+        helper.make_node("Add", ["s2", "mask"], ["s3"], "masked"),
+        helper.make_node("Softmax", ["s3"], ["p"], "softmax", axis=-1),
+        helper.make_node("MatMul", ["p", "v3"], ["c1"], "context"),
+        helper.make_node("Transpose", ["c1"], ["c2"], "back", perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["c2", "join"], ["c3"], "joined"),
+        helper.make_node("MatMul", ["c3", "wo"], ["o"], "o_proj"),
+        helper.make_node("Add", ["x", "o"], ["r"], "residual"),
+        helper.make_node("MatMul", ["r", "up"], ["u"], "up_proj"),
+        helper.make_node("Sigmoid", ["u"], ["g"], "sigmoid"),
+        helper.make_node("Mul", ["u", "g"], ["h"], "gated"),
+        helper.make_node("MatMul", ["h", "down"], ["y"], "down_proj"),
+    ]
+    inputs = dict.fromkeys(("input_ids", "attention_mask"), (INT64, [1, "n"]))
+    return save(folder, nodes, inputs, {"y": (FLOAT, [1, "n", width])}, weights, **more)
+
+
 def run(
     name: str,
     folder: Path,

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 import tiny
 from adapter_kit import context
-from graph_kit import FLOAT, INT64, mlp, model_of, outputs_of, relative, run, save, weights_of
+from graph_kit import FLOAT, INT64, mlp, model_of, outputs_of, relative, run, save, transformer, weights_of
 from olive.config.gates import BundleGate, ParityGate
 from olive.config.workflow import Accelerator
 from olive.engine.gates import bundle, parity
@@ -252,6 +252,20 @@ def test_weights_that_float16_holds_are_all_stored_so(tmp_path: Path) -> None:
     # an atol above every change says the same of the drawn weights
     loose = run("OrtMixedPrecision", mlp(tmp_path / "drawn"), tmp_path / "b", provider=CUDA, atol=1.0)
     assert not loose.facts["head_float32"]
+
+
+@pytest.mark.parametrize("provider", [CUDA, CPU])
+@pytest.mark.parametrize("name", ["OnnxFloatToFloat16", "OrtMixedPrecision"])
+def test_a_layer_of_a_transformer(tmp_path: Path, name: str, provider: str) -> None:
+    source = transformer(tmp_path / "source")
+    ctx = run(name, source, tmp_path / "made", provider=provider)
+    made = types(model_of(ctx.out))
+    assert made["m1"] == FLOAT  # a cast of whole numbers stays what it is
+    assert made["y"] == (FLOAT if name == "OrtMixedPrecision" else HALF)
+    assert made["input_ids"] == INT64
+    inputs = {"input_ids": np.array([[3, 1, 39, 7]]), "attention_mask": np.array([[1, 1, 1, 0]])}
+    got, want = outputs_of(ctx.out, **inputs)["y"], outputs_of(source, **inputs)["y"]
+    assert 1e-6 < relative(got, want) < 2e-3
 
 
 def test_names_that_the_graph_does_not_have(tmp_path: Path) -> None:

@@ -13,7 +13,19 @@ from onnx import TensorProto, helper, numpy_helper
 import tiny
 import training_kit
 from adapter_kit import context
-from graph_kit import FLOAT, INT64, mlp, model_of, outputs_of, relative, rows, run, save, weights_of
+from graph_kit import (
+    FLOAT,
+    INT64,
+    mlp,
+    model_of,
+    outputs_of,
+    relative,
+    rows,
+    run,
+    save,
+    transformer,
+    weights_of,
+)
 from olive import workflows
 from olive.config.gates import BundleGate, ParityGate
 from olive.config.workflow import Accelerator, DataConfig
@@ -245,6 +257,33 @@ def test_a_convolution_runs_in_both_formats(tmp_path: Path, params: dict[str, An
     assert 0 < row["weight_error"] < 1e-3
 
 
+TOKENS = [
+    {"input_ids": [DRAW.integers(0, 40, length).tolist()], "attention_mask": [[1] * length]}
+    for length in range(4, 20)
+]
+
+
+@pytest.mark.parametrize(
+    ("params", "close"),
+    [
+        ({"quant_mode": "dynamic"}, 0.03),
+        ({"activation_type": "uint8", "calibrate_method": "Percentile"}, 0.12),
+        ({"activation_type": "uint8", "op_types_to_quantize": ["MatMul"], "per_channel": True}, 0.04),
+        ({"activation_type": "uint8", "quant_format": "QOperator"}, 0.12),
+        ({"activation_type": "int16", "precision": "int8"}, 0.03),
+    ],
+)
+def test_a_layer_of_a_transformer(tmp_path: Path, params: dict[str, Any], close: float) -> None:
+    source = transformer(tmp_path / "source")
+    data = rows(tmp_path / "data", TOKENS)
+    given = {} if "quant_mode" in params else {"data_config": "calibration"}
+    ctx = run("OnnxQuantization", source, tmp_path / "made", data=data, **given, **params)
+    inputs = {name: np.array(value) for name, value in TOKENS[7].items()}
+    error = relative(outputs_of(ctx.out, **inputs)["y"], outputs_of(source, **inputs)["y"])
+    assert 1e-4 < error < close
+    assert {"wq", "wk", "wv", "wo", "up", "down"} <= {row["name"] for row in ctx.facts["layers"]}
+
+
 @pytest.mark.parametrize(
     ("params", "close"),
     [
@@ -390,6 +429,11 @@ def test_nan_in_the_graph_is_named_and_may_be_left_out(tmp_path: Path) -> None:
         static(source, tmp_path / "a", data)
     ctx = static(source, tmp_path / "b", data, nodes_to_exclude=["log", "isnan", "where"])
     assert "w_quantized" in weights_of(ctx.out)
+
+
+def test_no_data(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no data config None to calibrate on"):
+        run(STATIC, mlp(tmp_path / "source"), tmp_path / "made")
 
 
 def test_rows_are_drawn_by_the_seed(tmp_path: Path, data: dict[str, DataConfig]) -> None:

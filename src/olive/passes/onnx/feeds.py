@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PIECE = 256  # tokens of a row that are run at once: all activations of these are in memory
 FEW = 8  # rows that say little of what is usual
 Feed = dict[str, "np.ndarray"]
+_FIX = "Calibration feeds tensors; use OnnxDynamicQuantization, which needs no data."
 _TOKENS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -126,9 +127,6 @@ def inputs_of(graph: Graph) -> tuple[Input, ...]:
     return tuple(made)
 
 
-_FIX = "Calibration feeds tensors; use OnnxDynamicQuantization, which needs no data."
-
-
 def read(graph: Graph, folder: Path, params: FeedParams, ctx: PassContext) -> Feeds:
     """The feeds that the parameters of a pass ask for.
 
@@ -143,7 +141,14 @@ def read(graph: Graph, folder: Path, params: FeedParams, ctx: PassContext) -> Fe
     """
     from olive.data import rows as data_rows
 
-    inputs, config = inputs_of(graph), ctx.data[params.data_config or ""]
+    config = ctx.data.get(params.data_config or "")
+    if config is None:
+        raise ConfigError(
+            f"there is no data config {params.data_config!r} to calibrate on",
+            where="data_config",
+            fix="Name one of data_configs, or use OnnxDynamicQuantization, which needs no data.",
+        )
+    inputs = inputs_of(graph)
     names = {one.name for one in inputs}
     first = data_rows.read(config, ctx.base_dir, 1)[0]
     if "input_ids" in names and "input_ids" not in first:
