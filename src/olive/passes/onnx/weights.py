@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DOMAIN = "com.microsoft"
 UINT8 = 2  # TensorProto.DataType
 _PART = 1 << 18  # weights of a part: its buffers stay in a core's caches
+_PART_OF_A_GPU = 1 << 24
 _ROWS = 256  # a part has whole blocks even where they run over the ends of rows
 
 R = TypeVar("R")
@@ -71,7 +72,8 @@ def in_parts(
     from olive.quantization.threads import one_thread_an_operation
 
     array = graph.read(one.weight)
-    step = max(_ROWS, _PART // one.columns // _ROWS * _ROWS)
+    most = _PART if device == "cpu" else _PART_OF_A_GPU
+    step = max(_ROWS, most // one.columns // _ROWS * _ROWS)
     short = -one.columns % block
 
     def part(first: int) -> R:
