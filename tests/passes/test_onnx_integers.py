@@ -130,8 +130,10 @@ def test_a_moving_average_of_ranges_and_one_that_is_symmetric(
     made = weights_of(static(source, tmp_path / "c", data, activation_symmetric=True).out)
     assert made["x_scale"] == pytest.approx(np.abs(np.concatenate(ROWS)).max() / 127, rel=1e-5)
     assert made["x_zero_point"] == 0
-    wide = weights_of(static(source, tmp_path / "d", data, min_real_range=1000.0).out)
-    assert wide["x_scale"] == pytest.approx(1000 / 255, rel=1e-5)
+    options = {"MinimumRealRange": 1000.0}
+    for number, given in enumerate(({"min_real_range": 1000.0}, {"extra_options": options})):
+        wide = weights_of(static(source, tmp_path / f"d{number}", data, **given).out)
+        assert wide["x_scale"] == pytest.approx(1000 / 255, rel=1e-5)
 
 
 @pytest.mark.parametrize("form", ["QDQ", "QOperator"])
@@ -512,6 +514,7 @@ OLD, NEW, ARM = ("avx2", "avx512f"), ("avx2", "avx_vnni"), ("asimd",)
         ({"precision": "int16", "reduce_range": True}, NEW, Severity.ERROR, "takes a bit off 8-bit"),
         ({"extra_options": {"QuantizeBais": False}}, NEW, Severity.ERROR, "no option 'QuantizeBais'"),
         ({"extra_options": {"SmoothQuant": True}}, NEW, Severity.ERROR, "SmoothQuant has no effect"),
+        ({"extra_options": {"ActivationSymmetric": True}}, NEW, Severity.WARNING, "has no effect"),
         ({"extra_options": {"CalibPercentile": 0}}, NEW, Severity.ERROR, "not in \\(0, 100\\]"),
         (
             {"extra_options": {"CalibMovingAverage": True}, "calibrate_method": "Entropy"},

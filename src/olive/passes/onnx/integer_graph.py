@@ -218,10 +218,10 @@ def _quantise(
         options.setdefault("ForceQuantizeNoInputCheck", True)
     if params.min_real_range is not None:
         options["MinimumRealRange"] = params.min_real_range
-    if params.tensor_quant_overrides:
-        options["TensorQuantOverrides"] = _overrides(params.tensor_quant_overrides)
+    own = params.tensor_quant_overrides or options.get("TensorQuantOverrides") or {}
+    options["TensorQuantOverrides"] = _overrides(own)
     wide = {params.precision, params.activation_type} - {"int8", "uint8"}
-    if qdq and work.source.opset < _NATIVE and (wide or _wide(params.tensor_quant_overrides)):
+    if qdq and work.source.opset < _NATIVE and (wide or _wide(own)):
         options.setdefault("UseQDQContribOps", True)
     types = _float_types(light)
     data = {
@@ -273,8 +273,8 @@ def _overrides(given: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[st
     return {name: [one(entry) for entry in entries] for name, entries in given.items()}
 
 
-def _wide(given: dict[str, list[dict[str, Any]]] | None) -> bool:
-    text = str(given or "").lower()
+def _wide(given: dict[str, list[dict[str, Any]]]) -> bool:
+    text = str(given).lower()
     return "int16" in text or "int4" in text
 
 

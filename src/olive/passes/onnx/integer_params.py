@@ -30,14 +30,12 @@ _OPTIONS = (
     "CalibMovingAverageConstant", "CalibPercentile", "CalibTensorRangeSymmetric", "DedicatedQDQPair",
     "EnableSubgraph", "ForceQuantizeNoInputCheck", "MatMulConstBOnly", "OpTypesToExcludeOutputQuantization",
     "QDQDisableWeightAdjustForInt32Bias", "QDQKeepRemovableActivations", "QDQOpTypePerChannelSupportToAxis",
-    "QuantizeBias", "Sigmoid.nnapi", "extra.Sigmoid.nnapi", "UseQDQContribOps",
+    "QuantizeBias", "Sigmoid.nnapi", "extra.Sigmoid.nnapi", "UseQDQContribOps", "WeightSymmetric",
+    "MinimumRealRange", "TensorQuantOverrides",
 )  # fmt: skip
 # Options that a parameter of the pass stands for, or that do not apply.
 _ELSEWHERE = {
     "ActivationSymmetric": "use activation_symmetric",
-    "WeightSymmetric": "use weight_symmetric",
-    "MinimumRealRange": "use min_real_range",
-    "TensorQuantOverrides": "use tensor_quant_overrides",
     "SmoothQuant": "it needs neural-compressor, which is not a part of this product",
     "CalibStridedMinMax": "rows are looked at one by one anyway",
     "CalibMaxIntermediateOutputs": "rows are looked at one by one anyway",
@@ -252,7 +250,12 @@ def _check_options(params: IntegerParams) -> Iterable[Problem]:
     for name in params.extra_options:
         where = f"extra_options.{name}"
         if name in _ELSEWHERE:
-            yield Problem(f"{name} has no effect here", where=where, fix=f"Leave it out: {_ELSEWHERE[name]}.")
+            yield Problem(
+                f"{name} has no effect here",
+                where=where,
+                fix=f"Leave it out: {_ELSEWHERE[name]}.",
+                severity=Severity.ERROR if name == "SmoothQuant" else Severity.WARNING,
+            )
         elif name not in _OPTIONS:
             close = get_close_matches(name, _OPTIONS, n=1)
             yield Problem(
