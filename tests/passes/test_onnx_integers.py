@@ -310,6 +310,21 @@ def test_4_and_16_bits(
     assert ctx.attributes["precision"] == params["precision"].removeprefix("u")
 
 
+def test_blocks_of_4_bits(tmp_path: Path, data: dict[str, DataConfig]) -> None:
+    source = mlp(tmp_path / "source")  # operators of version 17 become those of 21
+    given: dict[str, Any] = {"precision": "int4", "activation_type": "uint16"}
+    given |= {"op_types_to_quantize": ["MatMul"], "extra_options": {"BlockSize": 16}}
+    ctx = static(source, tmp_path / "made", data, **given)
+    made, weight = weights_of(ctx.out), weights_of(source)["last"].astype("float64")
+    assert made["last_scale"].shape == (2, 8)
+    stands_for = made["last_quantized"].astype("float64") * made["last_scale"].repeat(16, 0)
+    error = np.square(stands_for - weight).sum() / np.square(weight).sum()
+    told = {row["name"]: row for row in ctx.facts["layers"]}
+    assert told["last"]["weight_error"] == pytest.approx(error, rel=1e-6)
+    assert told["last"]["group_size"] == 16
+    assert relative(outputs_of(ctx.out, x=X)["y"], outputs_of(source, x=X)["y"]) < 0.25
+
+
 def test_only_the_nodes_that_are_named(tmp_path: Path, data: dict[str, DataConfig]) -> None:
     source = mlp(tmp_path / "source")
     ctx = run(DYNAMIC, source, tmp_path / "a", nodes_to_quantize=["two"])

@@ -39,6 +39,7 @@ class _Work:
 
     Attributes:
         source: as it was given.
+        opset: version of its operators now.
         path: of the graph that is quantised.
         folder: to write into, removed afterwards.
         plain: whether it is no bundle.
@@ -48,6 +49,7 @@ class _Work:
     """
 
     source: Graph
+    opset: int
     path: Path
     folder: Path
     plain: bool
@@ -135,7 +137,10 @@ def _prepared(model: Artifact, params: IntegerParams, ctx: PassContext) -> Itera
     named(params.op_types_to_quantize or (), kinds, "operator", graph)
     with TemporaryDirectory(prefix="olive-", dir=ctx.out.parent) as name:
         folder = Path(name)
-        copy = Graph(graph.path).save(folder, "source.onnx")
+        ready = Graph(graph.path)
+        if params.extra_options.get("BlockSize"):
+            ready.raise_opset(_NATIVE)
+        copy = ready.save(folder, "source.onnx")
         lists = (params.op_types_to_quantize, params.op_types_to_exclude)
         bound = any((*lists, chosen, without))
         path, notes = preprocess.prepare(copy, folder, optimise=params.quant_preprocess, named=bound)
@@ -143,7 +148,7 @@ def _prepared(model: Artifact, params: IntegerParams, ctx: PassContext) -> Itera
             ctx.progress.note(note)
         kinds_left, more = _left(path, params)
         plain = model.kind is Kind.ONNX
-        yield _Work(graph, path, folder, plain, kinds_left, chosen, without + more)
+        yield _Work(graph, ready.opset, path, folder, plain, kinds_left, chosen, without + more)
 
 
 def _left(path: Path, params: IntegerParams) -> tuple[tuple[str, ...], list[str]]:
@@ -221,7 +226,7 @@ def _quantise(
     own = params.tensor_quant_overrides or options.get("TensorQuantOverrides") or {}
     options["TensorQuantOverrides"] = _overrides(own)
     wide = {params.precision, params.activation_type} - {"int8", "uint8"}
-    if qdq and work.source.opset < _NATIVE and (wide or _wide(own)):
+    if qdq and work.opset < _NATIVE and (wide or _wide(own)):
         options.setdefault("UseQDQContribOps", True)
     types = _float_types(light)
     data = {

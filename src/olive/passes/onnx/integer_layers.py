@@ -46,25 +46,42 @@ def table(before: Graph, after: Graph) -> list[dict[str, Any]]:
         axis = axes.get(integers, _axis(before, name, weight.shape, scales.size))
         if codes.size != weight.size or axis is None:
             continue
-        shape = [1] * weight.ndim
-        if scales.size > 1:
-            shape[axis] = scales.size
-        if scales.size > 1 and (weight.ndim < 1 or weight.shape[axis] != scales.size):
-            continue  # blocks
-        stands_for = (codes.reshape(weight.shape) - zeros.reshape(shape if zeros.size > 1 else ())) * (
-            scales.reshape(shape) if scales.size > 1 else scales.reshape(())
-        )
+        spread = _spread(scales, weight.shape, axis)
+        offsets = _spread(zeros, weight.shape, axis)
+        if spread is None or offsets is None:
+            continue
+        stands_for = (codes.reshape(weight.shape) - offsets) * spread
         error = relative_error(weight, stands_for)
         rows.append(
             {
                 "name": name,
                 "bits": bits,
-                "group_size": -1 if scales.size > 1 else int(weight.size),
+                "group_size": int(weight.size // scales.size) if scales.size == 1 or scales.ndim > 1 else -1,
                 "scales": int(scales.size),
                 "weight_error": error,
             }
         )
     return rows
+
+
+def _spread(values: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray | None:
+    """Scales or zero points as they broadcast over a weight; None where they do not.
+
+    Args:
+        values: one, one for each place on ``axis``, or, of blocks, as many dimensions as the weight.
+        shape: of the weight.
+        axis: of the outputs, or that blocks lie along.
+    """
+    if values.size == 1:
+        return values.reshape(())
+    if values.ndim == len(shape) > 1:
+        block = -(-shape[axis] // values.shape[axis])
+        made = values.repeat(block, axis)
+        wide = made.take(range(shape[axis]), axis)
+        return wide if wide.shape == shape else None
+    if axis >= len(shape) or shape[axis] != values.size:
+        return None
+    return values.reshape([values.size if place == axis else 1 for place in range(len(shape))])
 
 
 def _codes(graph: Graph, name: str, count: int) -> tuple[np.ndarray, int]:
