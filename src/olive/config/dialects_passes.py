@@ -88,6 +88,9 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = dict.fromkeys(TUNING, _TUNING_WITHOU
     "Awq": _QUANTISERS_WITHOUT_EFFECT,
 }
 WITHOUT_EFFECT |= dict.fromkeys(_ON_GRAPHS, _GRAPHS_WITHOUT_EFFECT)
+WITHOUT_EFFECT["OnnxFloatToFloat16"] = {
+    "use_symbolic_shape_infer": "has no effect: types follow from the operators' schemas"
+}
 # What a setting meant when Olive 0.6 and earlier were not told otherwise; written out where it differs today.
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {
     kind: {"r": 64, "alpha": 16, "lora_dropout": 0.0} for kind in TUNING

@@ -36,6 +36,11 @@ _TABLE: dict[str, str] = {
     "OnnxBlockWiseRtnQuantization": "olive.passes.onnx.rtn:OnnxBlockWiseRtnQuantization",
     "OnnxKQuantQuantization": "olive.passes.onnx.k_quant:OnnxKQuantQuantization",
     "OnnxHqqQuantization": "olive.passes.onnx.hqq:OnnxHqqQuantization",
+    "OnnxQuantization": "olive.passes.onnx.quantization:OnnxQuantization",
+    "OnnxStaticQuantization": "olive.passes.onnx.static_quantization:OnnxStaticQuantization",
+    "OnnxDynamicQuantization": "olive.passes.onnx.dynamic_quantization:OnnxDynamicQuantization",
+    "OnnxFloatToFloat16": "olive.passes.onnx.float16:OnnxFloatToFloat16",
+    "OrtMixedPrecision": "olive.passes.onnx.mixed_precision:OrtMixedPrecision",
     "OnnxBnb4Quantization": "olive.passes.onnx.bnb4:OnnxBnb4Quantization",
     "MatMulNBitsToQDQ": "olive.passes.onnx.qdq:MatMulNBitsToQDQ",
 }

@@ -300,10 +300,10 @@ def layers(step: StepResult) -> list[tuple[str, ...]]:
         (
             str(row["name"]),
             str(row["bits"]),
-            "row" if row["group_size"] == -1 else str(row["group_size"]),
+            "row" if row.get("group_size") == -1 else str(row.get("group_size", "")),
             f"{row['weight_error']:.2%}",
             f"{row['output_error']:.2%}" if "output_error" in row else "",
-            f"{row['seconds']:.2f}",
+            f"{row['seconds']:.2f}" if "seconds" in row else "",
             str(row.get("fallback", "")),
         )
         for row in rows

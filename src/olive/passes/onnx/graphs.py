@@ -284,13 +284,15 @@ class Graph:
         return path
 
     def copy_rest(self, folder: Path) -> None:
-        """Copy what else is in the model's folder: tokenizer, settings."""
+        """Copy what else is in the model's folder: tokenizer, settings; no hidden files, ours among them."""
         if self.alone:
             return
         used = self.files
         for path in sorted(self.path.parent.rglob("*")):
-            target = folder / path.relative_to(self.path.parent)
-            if path.is_file() and path not in used and not target.exists():
+            inner = path.relative_to(self.path.parent)
+            target = folder / inner
+            hidden = any(part.startswith(".") for part in inner.parts)
+            if not hidden and path.is_file() and path not in used and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 copy_file(path, target)
 
