@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from olive.config.loader import Loaded, load
+from olive.errors import ConfigError
 from olive.passes.registry import names, params_of
 
 LORA = {"type": "LoRA", "train_data_config": "second"}
@@ -65,3 +66,19 @@ def test_older_names_and_what_they_meant() -> None:
         "`zero_point` is now `sym`",
     ):
         assert text in said
+
+
+def graph_pass(**entry: Any) -> Any:
+    body = {"input_model": {"type": "OnnxModel", "model_path": "m.onnx"}, "passes": {"q": entry}}
+    return load(body, params_of=params_of, pass_names=names()).workflow.passes["q"]
+
+
+def test_passes_of_older_documents_on_graphs() -> None:
+    found = graph_pass(type="OnnxMatMul4Quantizer", algorithm="RTN", config={"is_symmetric": False})
+    assert found.type == "OnnxBlockWiseRtnQuantization"
+    assert (found.params.block_size, found.params.is_symmetric) == (32, False)
+    assert graph_pass(type="OnnxMatMul4Quantizer", algorithm="HQQ").type == "OnnxHqqQuantization"
+    with pytest.raises(ConfigError, match="GPTQ"):
+        graph_pass(type="OnnxMatMul4Quantizer", algorithm="GPTQ")
+    given = graph_pass(type="OnnxDynamicQuantization", precision="QUInt8")
+    assert given.params.precision == "uint8"

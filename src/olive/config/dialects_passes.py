@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import AliasChoices
 
-from olive.config import training_args
+from olive.config import dialects_graphs, training_args
 from olive.config.base import PassParams
 from olive.config.rewrite import (
     Context,
@@ -77,6 +77,7 @@ _GRAPHS_WITHOUT_EFFECT: dict[str, str] = {
     "size_threshold": "has no effect: weights of a kilobyte and more are stored beside the graph",
     "axis": "has no effect: blocks lie along the inputs of a product, as its operator reads them",
 }
+_OF_INTEGERS = ("OnnxDynamicQuantization", "OnnxStaticQuantization", "OnnxQuantization")
 _ON_GRAPHS = (
     *("OnnxBlockWiseRtnQuantization", "OnnxKQuantQuantization", "OnnxHqqQuantization"),
     *("OnnxBnb4Quantization", "MatMulNBitsToQDQ"),
@@ -173,6 +174,8 @@ def _pass(context: Context, name: str, entry: Node) -> None:
                 entry, field, section(root, "data_configs", []), f"{name}_{field}", findings, "a data config"
             )
     _search_values(context, entry)
+    if kind in _OF_INTEGERS:
+        dialects_graphs.integers(context, entry)
     arguments = entry.members.get("training_args")
     if "training_args" in known and arguments is not None and arguments.value is not None:
         training_args.check(arguments, findings)
@@ -198,6 +201,10 @@ def _type(context: Context, entry: Node) -> bool:
         findings.error(f"`type` should be the name of a pass, not {text(kind.plain())}", kind.origin)
         return False
     new = TYPES_RENAMED.get(kind.value.lower())
+    if kind.value.lower() == dialects_graphs.MATMUL4:
+        new = dialects_graphs.matmul4(context, entry)
+        if new is None:
+            return False
     if new in context.pass_names and canonical(kind, context.pass_names) is None:
         findings.note(f"`{kind.value}` is now `{new}`", kind.origin)
         if new in ("Gptq", "Awq"):

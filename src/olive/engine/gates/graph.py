@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,9 @@ from olive.engine.result import GateResult
 from olive.errors import GateFailed, PassFailed
 from olive.models.artifact import Artifact
 from olive.passes.base import PassContext
-from olive.passes.onnx.graphs import graph_file, open_graph
+from olive.passes.onnx.feeds import FeedParams, read
+from olive.passes.onnx.graphs import Graph, graph_file, open_graph
+from olive.passes.quantize.calibration import MINIMUM
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +49,7 @@ def check(
     precision = str(ctx.attributes.get("precision", "fp32"))
     limit = settings.max_error or _LIMITS.get(precision, _LIMITS["int4"])
     source = open_graph(before)
-    feeds = [inputs(source, seed) for seed in range(settings.samples)]
+    feeds = _feeds(source, before.path, settings, ctx)
     expected = _run(source.path, feeds, provider, "the source model")
     found = _run(graph_file(after), feeds, provider, "the changed model")
     figures: dict[str, float] = {}
@@ -71,6 +75,26 @@ def check(
         )
     text = f"{precision}: {name} moved by {worst:.2g} of its size on {len(feeds)} inputs"
     return GateResult(gate="graph", passed=True, figures=figures, limits={"error": limit}, text=text)
+
+
+class _Quiet:
+    """Says nothing: the pass has said it of the same data."""
+
+    def start(self, task: str, total: int | None = None) -> None: ...
+    def update(self, done: int, **fields: float | str) -> None: ...
+    def finish(self) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+def _feeds(source: Graph, folder: Path, settings: GraphGate, ctx: PassContext) -> list[dict[str, np.ndarray]]:
+    """Rows of the pass's data where it has any: what it was calibrated on says what its inputs are like."""
+    if not ctx.data:
+        return [inputs(source, seed) for seed in range(settings.samples)]
+    wanted = FeedParams(
+        data_config=next(iter(ctx.data)), calibration_rows=settings.samples, calibration_tokens=MINIMUM
+    )
+    aside = replace(ctx, facts={}, progress=_Quiet())
+    return list(islice(read(source, folder, wanted, aside), settings.samples))
 
 
 def _run(
