@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field
@@ -43,8 +44,11 @@ class Gptq(Calibrated["Gptq.Params"]):
             description="How much a layer makes up for what the layers before it went astray; 0 leaves the "
             "unchanged model out, which halves the time.",
         )
-        drift_tokens: int = Field(
-            65536, ge=1, description="Tokens that this is measured on: more take longer and change little."
+        drift_tokens: int | None = Field(
+            None,
+            ge=1,
+            description="Tokens that this is measured on. Default: all of them; fewer take less time, and "
+            "make up for less.",
         )
         drift_damp: float = Field(
             0.3,
@@ -54,7 +58,7 @@ class Gptq(Calibrated["Gptq.Params"]):
 
     def paired(self, params: Params) -> int:
         """The drift is a difference from the unchanged model."""
-        return params.drift_tokens if params.drift > 0 else 0
+        return (params.drift_tokens or sys.maxsize) if params.drift > 0 else 0
 
     def solve(
         self, name: str, weight: torch.Tensor, layer: Layer, group: Group, params: Params, work: Work
