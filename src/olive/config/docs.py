@@ -59,6 +59,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`gates.parity`", "", gates.ParityGate),
     ("`gates.bundle`", "", gates.BundleGate),
     ("`gates.integers`", "", gates.IntegersGate),
+    ("`gates.equivalence`", "", gates.EquivalenceGate),
 )
 
 

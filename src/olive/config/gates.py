@@ -35,6 +35,15 @@ class IntegersGate(Frozen):
     enabled: bool = Field(True, description="Whether the gate holds.")
 
 
+class EquivalenceGate(Frozen):
+    """Thresholds of the equivalence gate; KL in nat a token."""
+
+    enabled: bool = Field(True, description="Whether the gate holds.")
+    max_kl: float | None = Field(
+        None, gt=0, description="Default: by the stored dtype; 1e-6 in float32, 0.01 in float16, 0.1 in bfloat16."
+    )
+
+
 class Gates(Frozen):
     """Checks between stages."""
 
@@ -43,4 +52,7 @@ class Gates(Frozen):
     bundle: BundleGate = Field(BundleGate(), description="The final folder loads and generates.")
     integers: IntegersGate = Field(
         IntegersGate(), description="A model saved in another format, read again, has the same integers."
+    )
+    equivalence: EquivalenceGate = Field(
+        EquivalenceGate(), description="A rotated model predicts what it predicted before."
     )

@@ -280,13 +280,14 @@ def _step_result(name: str, entry: Entry, cached: bool) -> StepResult:
 
 def _gates(state: _Run, job: Job, ctx: PassContext) -> list[GateResult]:
     """Hold what a step made against its gates; a failure raises and nothing is stored."""
-    from olive.engine.gates import bundle, integers, merge, parity
+    from olive.engine.gates import bundle, equivalence, integers, merge, parity
 
     checks: dict[str, Callable[..., GateResult]] = {
         "merge": merge.check,
         "parity": parity.check,
         "bundle": bundle.check,
         "integers": integers.check,
+        "equivalence": equivalence.check,
     }
     asked = []
     for name in resolve(job.type).gates:
