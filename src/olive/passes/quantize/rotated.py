@@ -107,7 +107,8 @@ def turned(
         if fold.values is not None and second is not None:
             start = max(fold.values[0] - rows.start, 0)
             own = part[start : max(fold.values[1] - rows.start, 0)]
-            own.copy_(second.apply(own.T.contiguous()).T)
+            if len(own):
+                own.copy_(second.apply(own.T.contiguous()).T)
         made[rows] = part
     return made
 

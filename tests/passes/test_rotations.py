@@ -1,0 +1,229 @@
+"""QuaRot and SpinQuant: the same function in every family, easier weights, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from olive.config.gates import EquivalenceGate
+from olive.engine.gates import equivalence
+from olive.errors import ConfigError, PassFailed
+from olive.models.artifact import Artifact, Kind
+from olive.models.hf import describe, load_model
+from olive.passes.quantize import residual, rotated
+from passes_kit import run
+from tiny import tiny_llama, tiny_phi3, tiny_tokenizer
+
+SETTINGS: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+    "pad_token_id": 2,
+    "dtype": "float32",
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"tie_word_embeddings": False, "sliding_window": 8}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
+    "phi3": ("phi3", {"tie_word_embeddings": False, "original_max_position_embeddings": 512}),
+    "smollm3": ("smollm3", {"tie_word_embeddings": True}),
+    "ernie": ("ernie4_5", {"use_bias": True, "tie_word_embeddings": True}),
+    "gemma": ("gemma", {"tie_word_embeddings": True}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mixtral": ("mixtral", EXPERTS | {"tie_word_embeddings": False}),
+    "qwen2-moe": (
+        "qwen2_moe",
+        EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    ),
+    "qwen3-moe": ("qwen3_moe", EXPERTS | {"moe_intermediate_size": 32, "decoder_sparse_step": 2}),
+}
+
+
+def model(folder: Path, kind: str, **overrides: Any) -> Path:
+    """A random model of a family whose norms and biases are random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tiny_tokenizer(folder)
+    count = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    config = AutoConfig.for_model(kind, **(SETTINGS | {"vocab_size": count} | overrides))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.4 * torch.randn_like(parameter))
+                    assert "weight" in name or "bias" in name
+    made.save_pretrained(folder)
+    return folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return load_model(folder, dtype="float32")(ids).logits.double()
+
+
+def distance(source: Path, made: Path) -> float:
+    """Mean KL of next-token distributions, nat."""
+    p, q = logits(source).log_softmax(-1), logits(made).log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_function_stays_the_same(family: str, tmp_path: Path) -> None:
+    kind, overrides = FAMILIES[family]
+    source = model(tmp_path / "model", kind, **overrides)
+    ctx = run("QuaRot", source, tmp_path / "rotated")
+    before, after = logits(source), logits(ctx.out)
+    # float32 through the model: differences of 1e-5 of the largest logit
+    torch.testing.assert_close(after, before, rtol=0, atol=3e-5 * float(before.abs().max()))
+    old, new = load_file(source / "model.safetensors"), load_file(ctx.out / "model.safetensors")
+    assert new.keys() == old.keys() | {"lm_head.weight"}
+    config = json.loads((ctx.out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert ctx.facts["untied"] is ("lm_head.weight" not in old)
+    norm = 0.0 if kind == "gemma" else 1.0
+    kept = [name for name in old if "_norm" in name]
+    for name, value in new.items():
+        if name in kept:
+            assert torch.equal(value, old[name])
+        elif "norm" in name:
+            assert torch.equal(value, torch.full_like(value, norm))
+        elif value.dim() == 2:
+            assert name == "lm_head.weight" or not torch.allclose(value, old[name], atol=1e-2)
+    estimate = residual.stream_of(describe(source))
+    assert estimate.tied is ctx.facts["untied"]
+
+
+def test_random_matrices_seeds_and_a_dtype(tmp_path: Path) -> None:
+    source = model(tmp_path / "model", "llama")
+    one = run("QuaRot", source, tmp_path / "one", rotate_mode="random", seed=1)
+    same = run("QuaRot", source, tmp_path / "same", rotate_mode="random", seed=1)
+    other = run("QuaRot", source, tmp_path / "other", rotate_mode="random", seed=2)
+    weights = [(ctx.out / "model.safetensors").read_bytes() for ctx in (one, same, other)]
+    assert weights[0] == weights[1] != weights[2]
+    assert distance(source, one.out) < 1e-8
+    half = run("QuaRot", source, tmp_path / "half", dtype="bfloat16")
+    codes = {code for code, _ in describe(half.out).tensors.values()}
+    assert codes == {"BF16"}
+    assert 1e-8 < distance(source, half.out) < 0.1
+
+
+def test_an_order_without_a_hadamard_matrix(tmp_path: Path) -> None:
+    source = model(
+        tmp_path / "model", "llama", hidden_size=52, head_dim=13 * 2, num_key_value_heads=4
+    )
+    ctx = run("QuaRot", source, tmp_path / "rotated")
+    assert any("order 52" in note for note in ctx.facts["notes"])
+    assert any("order 26" in note for note in ctx.facts["notes"])
+    assert distance(source, ctx.out) < 1e-8
+
+
+def test_weights_in_several_files_and_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = model(tmp_path / "model", "qwen2", num_hidden_layers=1)
+    whole = run("QuaRot", source, tmp_path / "whole")
+    sharded = tmp_path / "sharded"
+    load_model(source, dtype="float32").save_pretrained(sharded, max_shard_size="60KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (sharded / name).write_bytes((source / name).read_bytes())
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    monkeypatch.setattr(rotated, "_CELLS", 48 * 30)
+    pieces = run("QuaRot", sharded, tmp_path / "pieces")
+    assert torch.allclose(logits(pieces.out), logits(whole.out), atol=1e-5)
+    table = json.loads((pieces.out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "lm_head.weight" in table
+
+
+def outliers(folder: Path) -> Path:
+    """A model with two loud channels of the stream, which every reader has to live with."""
+    source = tiny_llama(folder, hidden=128, initializer_range=0.1)
+    tensors = load_file(source / "model.safetensors")
+    for name, value in tensors.items():
+        if name.endswith("norm.weight"):
+            value[[5, 77]] = 40.0
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight")):
+            value[:, [5, 77]] *= 8.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+def test_outliers_cost_less_after_a_rotation(tmp_path: Path) -> None:
+    source = outliers(tmp_path / "model")
+    plain = run("Rtn", source, tmp_path / "rtn")
+    rotation = run("QuaRot", source, tmp_path / "rotated")
+    after = run("Rtn", rotation.out, tmp_path / "rotated-rtn")
+    assert distance(source, rotation.out) < 1e-7
+    assert distance(source, after.out) < 0.5 * distance(source, plain.out)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "gemma2"}, "normalises what attention and MLP write"),
+        ({"model_type": "stablelm"}, "subtracts the mean"),
+        ({"model_type": "mamba"}, "not known"),
+        ({"num_key_value_heads": 1}, "does not fit"),
+        ({"hidden_size": 32}, "does not fit"),
+        ({"num_attention_heads": None}, "how wide"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "stored quantised"),
+    ],
+)
+def test_what_cannot_be_rotated_is_refused_by_its_headers(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    info = describe(tiny_llama(tmp_path / "model"))
+    changed = info.model_copy(update={"config": info.config | change})
+    with pytest.raises(ConfigError) as caught:
+        residual.stream_of(changed)
+    assert said in str(caught.value)
+
+
+def test_a_tensor_of_unknown_place_and_a_missing_one_are_refused(tmp_path: Path) -> None:
+    info = describe(tiny_phi3(tmp_path / "model"))
+    more = info.tensors | {"model.layers.0.self_attn.sinks": ("F32", (4,))}
+    less = {name: value for name, value in info.tensors.items() if name != "model.norm.weight"}
+    normed = info.tensors | {"model.norm.bias": ("F32", (64,))}
+    for tensors, said in ((more, "sinks"), (less, "model.norm.weight"), (normed, "LayerNorm")):
+        problems = list(residual.check(info.model_copy(update={"tensors": tensors})))
+        assert said in problems[0].message
+
+
+def test_the_gate_holds_the_rotated_model(tmp_path: Path) -> None:
+    source = model(tmp_path / "model", "llama")
+    ctx = run("QuaRot", source, tmp_path / "rotated")
+    before = Artifact(kind=Kind.HF, path=source, digest="0" * 64)
+    result = equivalence.check(before, ctx.out, EquivalenceGate(), ctx, [])
+    assert result.passed
+    assert result.figures["kl"] < 1e-8
+    tensors = load_file(ctx.out / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][:, 0] *= -1  # one column turned the wrong way
+    save_file(tensors, ctx.out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PassFailed, match="equivalence gate"):
+        equivalence.check(before, ctx.out, EquivalenceGate(), ctx, [])
