@@ -228,3 +228,18 @@ def test_the_gate_holds_the_rotated_model(tmp_path: Path) -> None:
     save_file(tensors, ctx.out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PassFailed, match="equivalence gate"):
         equivalence.check(before, ctx.out, EquivalenceGate(), ctx, [])
+
+
+LEARNING: dict[str, Any] = {
+    "data_config": "train", "calibration_tokens": 800, "iters": 30, "batch_tokens": 256, "group_size": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama-biases", "qwen3", "phi3", "gemma", "granite"])
+def test_learned_rotations_keep_the_function_and_lose_less(family: str, tmp_path: Path) -> None:
+    kind, overrides = FAMILIES[family]
+    source = model(tmp_path / "model", kind, **overrides)
+    ctx = run("SpinQuant", source, tmp_path / "learned", **LEARNING)
+    print(ctx.facts, ctx.series["rotation"])
+    assert distance(source, ctx.out) < 1e-8
+    assert ctx.facts["loss_after"] < 0.95 * ctx.facts["loss_before"]

@@ -104,3 +104,32 @@ class LearnedRounding:
 def _round(value: torch.Tensor) -> torch.Tensor:
     """The nearest integer; the gradient is that of ``value``."""
     return value + (value.round() - value).detach()
+
+
+def fake_quantise(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """What ``round_to_nearest`` makes of a matrix, to float32 rounding, with a gradient.
+
+    Roundings pass the gradient straight through; it goes into the extremes of each block too, which decide
+    the scale.
+
+    Args:
+        weight: float32 (rows, columns).
+        grid: with integer zero points.
+    """
+    if grid.float_zero:
+        raise ValueError("gradients are known for integer zero points")
+    rows, columns = weight.shape
+    blocks = weight.reshape(rows, -1, grid.width(columns))
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    zeros: torch.Tensor | float = float(grid.middle)
+    if grid.kind == "asymmetric":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scales = (high - low) / grid.top
+        zeros = _round(-low / scales.clamp(min=_TINY)).clamp(0, grid.top)
+    elif grid.kind == "full_range":
+        scales = torch.where(high.abs() > low.abs(), high, low) / -float(grid.middle)
+    else:
+        scales = torch.maximum(-low, high) / max(grid.middle - 1, 1)
+    safe = torch.where(scales.abs() < _TINY, _TINY, scales)
+    codes = (_round(blocks / safe) + zeros).clamp(0, grid.top)
+    return ((codes - zeros) * scales).view(rows, columns)
