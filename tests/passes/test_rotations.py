@@ -135,18 +135,14 @@ def test_random_matrices_seeds_and_a_dtype(tmp_path: Path) -> None:
 
 
 def test_an_order_without_a_hadamard_matrix(tmp_path: Path) -> None:
-    source = model(
-        tmp_path / "model", "llama", hidden_size=52, head_dim=13 * 2, num_key_value_heads=4
-    )
+    source = model(tmp_path / "model", "llama", hidden_size=52, head_dim=13 * 2, num_key_value_heads=4)
     ctx = run("QuaRot", source, tmp_path / "rotated")
     assert any("order 52" in note for note in ctx.facts["notes"])
     assert any("order 26" in note for note in ctx.facts["notes"])
     assert distance(source, ctx.out) < 1e-8
 
 
-def test_weights_in_several_files_and_in_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_in_several_files_and_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = model(tmp_path / "model", "qwen2", num_hidden_layers=1)
     whole = run("QuaRot", source, tmp_path / "whole")
     sharded = tmp_path / "sharded"
@@ -167,7 +163,9 @@ def outliers(folder: Path) -> Path:
     tensors = load_file(source / "model.safetensors")
     loud = [5, 40, 77, 100]
     for name, value in tensors.items():
-        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+        if name.endswith(
+            ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+        ):
             value[:, loud] *= 20.0
         elif name == "model.embed_tokens.weight":
             value[:, loud] /= 20.0

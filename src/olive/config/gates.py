@@ -40,7 +40,9 @@ class EquivalenceGate(Frozen):
 
     enabled: bool = Field(True, description="Whether the gate holds.")
     max_kl: float | None = Field(
-        None, gt=0, description="Default: by the stored dtype; 1e-6 in float32, 0.01 in float16, 0.1 in bfloat16."
+        None,
+        gt=0,
+        description="Default: by the stored dtype; 1e-6 in float32, 0.01 in float16, 0.1 in bfloat16.",
     )
 
 

@@ -52,7 +52,7 @@ class Rotating(Pass[P]):
 
     accepts: ClassVar[tuple[Kind, ...]] = (Kind.HF,)
     produces: ClassVar[Kind] = Kind.HF
-    libraries = ("torch", "safetensors", "transformers")
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "safetensors", "transformers", "accelerate")
     gates = ("equivalence",)
 
     def check(
@@ -101,9 +101,7 @@ class Rotating(Pass[P]):
             for note in by.notes:
                 ctx.progress.note(note)
             ctx.progress.start("rotate", len(stream.folds))
-            size = write_folder(
-                model.path, tensors, stream, by, params.dtype, ctx.out, ctx.progress.update
-            )
+            size = write_folder(model.path, tensors, stream, by, params.dtype, ctx.out, ctx.progress.update)
             ctx.progress.finish()
         ctx.attributes["dtype"] = params.dtype
         ctx.facts |= {
@@ -128,8 +126,8 @@ class Rotating(Pass[P]):
 class QuaRot(Rotating["QuaRot.Params"]):
     """Turn the residual stream and the heads so that no channel stands out (Ashkboos et al. 2024).
 
-    The model's function stays the same; its weights are easier to round. Only what can be folded into weights:
-    nothing is added to the model, so the rotations inside MLP and keys that need a kernel are left out.
+    The model's function stays the same; its weights are easier to round. Only what can be folded into weights
+    is turned: the rotations inside MLP and keys would need a kernel of their own.
     """
 
     class Params(RotateParams):

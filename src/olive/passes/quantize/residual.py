@@ -1,7 +1,7 @@
 """What reads and what writes a decoder's residual stream: told from config and tensor headers, without torch.
 
-The stream may be turned by an orthogonal matrix where everything between two layers keeps lengths and commutes
-with it: sums, factors that are one number, and RMSNorm once its weights are folded into what reads it.
+The stream may be turned by an orthogonal matrix where everything between two layers commutes with it: sums,
+factors that are one number, and RMSNorm once its weights are folded into what reads it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ PLAIN = frozenset(
 )  # fmt: skip
 ONE_PLUS = frozenset({"gemma"})  # RMSNorm multiplies by 1 + its weight
 _LAYER_NORM = "its LayerNorm subtracts the mean, which a rotation does not keep"
+_UNKNOWN = "where its residual stream goes is not known"
 _POST_NORM = "it normalises what attention and MLP write, with a weight for each channel, before adding it"
-_WHY = dict.fromkeys(
-    ("gpt2", "gptj", "gpt_neox", "gpt_neo", "opt", "phi", "phimoe", "starcoder2", "stablelm", "olmo", "cohere",
-     "cohere2", "falcon", "bloom", "mpt", "nemotron"), _LAYER_NORM,
-) | dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4"), _POST_NORM)  # fmt: skip
+_WHY = {
+    _LAYER_NORM: (
+        "bloom", "cohere", "cohere2", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "nemotron",
+        "olmo", "opt", "phi", "phimoe", "stablelm", "starcoder2",
+    ),
+    _POST_NORM: ("exaone4", "gemma2", "gemma3", "gemma3_text", "glm4", "olmo2", "olmo3"),
+}  # fmt: skip
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = r"(?:block_sparse_moe|mlp)\.(?:experts\.\d+\.|shared_expert\.|)"
 _READERS = {
     "input_layernorm": re.compile(r"self_attn\.(?:[qkv]_proj|qkv_proj)\.(?P<kind>weight|bias)"),
     "post_attention_layernorm": re.compile(
-        _EXPERT
-        + r"(?:gate_proj|up_proj|gate_up_proj|w1|w3|gate|shared_expert_gate)\.(?P<kind>weight|bias)"
+        _EXPERT + r"(?:gate_proj|up_proj|gate_up_proj|w1|w3|gate|shared_expert_gate)\.(?P<kind>weight|bias)"
     ),
 }
 _WRITER = re.compile(rf"(?:self_attn\.o_proj|{_EXPERT}(?:down_proj|w2))\.(?:weight|bias)")
@@ -53,7 +56,7 @@ class Fold:
         norm: name of the norm's weight that its columns are multiplied by.
         reads: its columns are turned by R1, as the stream is.
         writes: its rows (of a bias, its entries) are turned by R1.
-        values: first and last + 1 of the rows (entries) that are values of attention, turned by R2 head by head.
+        values: first and last + 1 of the rows (entries) of attention's values, turned by R2 head by head.
         mixes: its columns are the heads' outputs, turned by R2 head by head.
         layer: number of its decoder layer, which R2 belongs to; -1 outside of them.
         is_norm: it becomes what multiplies by 1.
@@ -112,10 +115,10 @@ def check(info: ModelInfo) -> Iterator[Problem]:
         return
     kind = str(info.config.get("model_type", ""))
     biased = next((name for name in info.tensors if re.search(r"norm\w*\.bias$", name)), None)
-    why = _WHY.get(kind) or (_LAYER_NORM if biased else None)
+    why = next((why for why, kinds in _WHY.items() if kind in kinds), _LAYER_NORM if biased else None)
     if why or kind not in PLAIN:
         yield Problem(
-            f"{kind or 'this model'} cannot be rotated: {why or 'where its residual stream goes is not known'}",
+            f"{kind or 'this model'} cannot be rotated: {why or _UNKNOWN}",
             fix=f"Leave this pass out. It rotates {', '.join(sorted(PLAIN))}.",
         )
         return
@@ -150,38 +153,32 @@ def _stream(info: ModelInfo) -> Stream:
 
 def _fold(name: str, heads: int, pairs: int, head: int) -> Fold | None:
     """How one tensor is turned; None where that is not known."""
-    if name == _EMBEDDING:
-        return Fold(name, reads=True)
-    if name == _HEAD:
-        return Fold(name, _FINAL, reads=True)
-    if name == _FINAL:
-        return Fold(name, is_norm=True)
-    if name == f"{HEAD}.bias":
-        return Fold(name)
+    outside = {
+        _EMBEDDING: Fold(name, reads=True),
+        _HEAD: Fold(name, _FINAL, reads=True),
+        _FINAL: Fold(name, is_norm=True),
+        f"{HEAD}.bias": Fold(name),
+    }
     found = _LAYER.fullmatch(name)
     if found is None:
-        return None
+        return outside.get(name)
     number, rest = int(found[1]), found[2]
     if rest in {f"{norm}.weight" for norm in _READERS}:
         return Fold(name, layer=number, is_norm=True)
     if _INSIDE.fullmatch(rest):
         return Fold(name, layer=number)
     if _WRITER.fullmatch(rest):
-        mixes = rest == "self_attn.o_proj.weight"
-        return Fold(name, writes=True, mixes=mixes, layer=number)
+        return Fold(name, writes=True, mixes=rest == "self_attn.o_proj.weight", layer=number)
+    values = None
+    if ".qkv_proj." in rest:
+        values = (heads + pairs) * head, (heads + 2 * pairs) * head
+    elif ".v_proj." in rest:
+        values = 0, pairs * head
     for norm, pattern in _READERS.items():
-        if (reader := pattern.fullmatch(rest)) is None:
-            continue
-        values = None
-        if ".qkv_proj." in rest:
-            values = (heads + pairs) * head, (heads + 2 * pairs) * head
-        elif ".v_proj." in rest:
-            values = 0, pairs * head
-        if reader["kind"] == "bias":
-            return Fold(name, values=values, layer=number)
-        return Fold(
-            name, f"model.layers.{number}.{norm}.weight", reads=True, values=values, layer=number
-        )
+        if (reader := pattern.fullmatch(rest)) is not None:
+            weight = reader["kind"] == "weight"
+            before = f"model.layers.{number}.{norm}.weight" if weight else None
+            return Fold(name, before, reads=weight, values=values, layer=number)
     return None
 
 
@@ -212,8 +209,8 @@ def _shapes(info: ModelInfo, stream: Stream) -> Iterator[Problem]:
         )
         if wrong:
             yield Problem(
-                f"{name} is stored as {code} {shape}, which does not fit a stream of {stream.hidden} and heads "
-                f"of {inner}",
+                f"{name} is stored as {code} {shape}, which does not fit a stream of {stream.hidden} and "
+                f"heads of {inner}",
                 fix="Check that config and weights belong together.",
             )
             return

@@ -1,4 +1,4 @@
-"""The folder of a rotated model, made tensor by tensor: norms folded, weights turned, in float64. Needs torch.
+"""The folder of a rotated model, made tensor by tensor in float64: norms folded, weights turned. Needs torch.
 
 With R1 on the residual stream and R2 on the values of each head of a layer: a reader becomes ``W diag(g) R1``
 (g the norm's weight, which becomes ones), a writer ``R1^T W``, its bias ``R1^T b``, the embedding ``E R1``;
@@ -8,7 +8,7 @@ the values' rows of v become ``R2^T W`` head by head, the columns of o ``W R2``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class Rotations:
 def draw(stream: Stream, mode: str, seed: int) -> Rotations:
     """R1 and R2 of a model: Hadamard matrices with random signs, or random orthogonal ones.
 
-    Where no Hadamard matrix of an order is known here, that rotation is random orthogonal, and a note says so.
+    Where no Hadamard matrix of an order is known here, that rotation is random orthogonal; a note says so.
     """
     generator = torch.Generator().manual_seed(seed)
     notes: list[str] = []
@@ -182,7 +182,7 @@ def write_folder(
     return total
 
 
-def folded(source: Mapping[str, torch.Tensor], stream: Stream) -> dict[str, torch.Tensor]:
+def folded(source: LazyTensors, stream: Stream) -> dict[str, torch.Tensor]:
     """Every tensor of the model with the norms folded and nothing turned, float32."""
     made = {}
     for name, fold in stream.folds.items():

@@ -133,8 +133,7 @@ class RotatedNetwork:
         """Mean KL over all real tokens, nat, with the weights as ``round`` left them."""
         first = self.first.float()
         parts = [
-            self.losses(batch, reference, first)
-            for batch, reference in zip(batches, references, strict=True)
+            self.losses(batch, reference, first) for batch, reference in zip(batches, references, strict=True)
         ]
         return float(torch.cat(parts).mean(dtype=torch.float64))
 
@@ -145,7 +144,7 @@ class RotatedNetwork:
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         loss = self.losses(batch, reference, first).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for name, fold in self.turned.items():
             parameter = self.parameters[name]
             gradient, parameter.grad = parameter.grad, None
@@ -156,7 +155,7 @@ class RotatedNetwork:
             grid = self.grids.get(name)
             made = value if grid is None else fake_quantise(value, grid)
             if made.requires_grad:
-                made.backward(gradient)  # type: ignore[no-untyped-call]
+                made.backward(gradient)
         none = torch.zeros_like(heads)
         by_heads = none if heads.grad is None else heads.grad
         assert first.grad is not None  # noqa: S101 - embedding and head read it
@@ -210,7 +209,11 @@ class Descent:
         self.mean.lerp_(along, 1 - _MOMENTUM)
         self.square.lerp_(along.square(), 1 - _SQUARES)
         root = (self.square / (1 - _SQUARES**self.count)).sqrt()
-        skew = self.mean / (1 - _MOMENTUM**self.count) / (root + 1e-3 * root.amax((-1, -2), keepdim=True) + 1e-30)
+        skew = (
+            self.mean
+            / (1 - _MOMENTUM**self.count)
+            / (root + 1e-3 * root.amax((-1, -2), keepdim=True) + 1e-30)
+        )
         norm = torch.linalg.matrix_norm(skew, 2, keepdim=True)
         return cayley(rotation, skew * (rate / norm.clamp(min=1e-30)))
 

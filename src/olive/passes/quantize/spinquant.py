@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from pydantic import AliasChoices, Field
+from pydantic import Field
 
 from olive.config.workflow import Accelerator
 from olive.data.plan import Preview
@@ -44,12 +44,7 @@ class SpinQuant(Rotating["SpinQuant.Params"]):
         bits: Bits = Field(4, description="Bits of a weight that the quantiser after it will use.")
         group_size: int = Field(32, description="Weights that share a scale there; -1 for a whole row.")
         sym: bool = Field(False, description="No zero points there.")
-        iters: int = Field(
-            48,
-            ge=1,
-            validation_alias=AliasChoices("iters", "max_steps"),
-            description="Steps, each on one batch.",
-        )
+        iters: int = Field(48, ge=1, description="Steps, each on one batch.")
         lr: float = Field(
             0.02,
             gt=0,
@@ -58,7 +53,6 @@ class SpinQuant(Rotating["SpinQuant.Params"]):
         )
         batch_tokens: int = Field(512, ge=_SHORTEST, description="Tokens of a step; longer rows are cut.")
 
-    libraries = (*Rotating.libraries, "accelerate")
     hardware = ("device",)
 
     def check(
@@ -76,7 +70,8 @@ class SpinQuant(Rotating["SpinQuant.Params"]):
             columns = model.tensors[f"{name}.weight"][1][1]
             if layer.group_size != -1 and (layer.group_size < 2 or columns % layer.group_size):
                 yield Problem(
-                    f"rows of {name} have {columns} weights, which blocks of {layer.group_size} do not divide",
+                    f"rows of {name} have {columns} weights, which blocks of {layer.group_size} do not "
+                    "divide",
                     where="group_size",
                     fix="Use the group_size of the quantiser that comes next.",
                 )
@@ -85,7 +80,7 @@ class SpinQuant(Rotating["SpinQuant.Params"]):
     def estimate(
         self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
     ) -> Cost:
-        """The model in float32 three times, logits and activations of a batch; products at the matrix rate."""
+        """The model in float32 three times, logits and activations of a batch; the machine's matrix rate."""
         plain = super().estimate(model, params, machine, data)
         tokens = calibration.count(params, data)
         config = model.config
@@ -94,7 +89,9 @@ class SpinQuant(Rotating["SpinQuant.Params"]):
         held = tokens / _HELD_OUT
         each = 6 * params.batch_tokens + 6 * hidden
         flops = model.parameters * (params.iters * each + _CHECKS * 2 * held + 2 * tokens)
-        batch = params.batch_tokens * (10 * vocabulary + 40 * hidden * int(config.get("num_hidden_layers", 32)))
+        batch = params.batch_tokens * (
+            10 * vocabulary + 40 * hidden * int(config.get("num_hidden_layers", 32))
+        )
         return Cost(
             memory=max(plain.memory, (500 << 20) + 14 * model.parameters + 4 * batch),
             disk=plain.disk,
@@ -111,7 +108,9 @@ class SpinQuant(Rotating["SpinQuant.Params"]):
 
         rows = calibration.of(params, model, ctx)
         train, held_out = _split(rows, params)
-        grids = {f"{name}.weight": layer.grid for name, layer in self._grids(describe(model.path), params).items()}
+        grids = {
+            f"{name}.weight": layer.grid for name, layer in self._grids(describe(model.path), params).items()
+        }
         start = draw(stream, params.rotate_mode, params.seed)
         device = "cpu" if ctx.accelerator.device == "cpu" else "cuda"
         weights = folded(tensors, stream)
@@ -121,9 +120,11 @@ class SpinQuant(Rotating["SpinQuant.Params"]):
         del weights
         series = ctx.series.setdefault("rotation", [])
 
-        def say(step: int, loss: float, unseen: float | None) -> None:
-            series.append({"step": float(step), "loss": loss} | ({} if unseen is None else {"eval_loss": unseen}))
-            ctx.progress.update(step, loss=loss)
+        def say(step: int, kl: float, unseen: float | None) -> None:
+            series.append(
+                {"step": float(step), "kl": kl} | ({} if unseen is None else {"held_out_kl": unseen})
+            )
+            ctx.progress.update(step, kl=kl)
 
         ctx.progress.start("learn rotations", params.iters)
         made, curve = learn(
