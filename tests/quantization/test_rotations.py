@@ -11,9 +11,9 @@ from olive.quantization.rotations import (
     Rotation,
     cayley,
     hadamard,
+    largest_angle,
     random_hadamard,
     random_orthogonal,
-    tangent,
     walsh_hadamard,
 )
 
@@ -93,18 +93,27 @@ def test_cayley_steps_stay_orthogonal_and_go_downhill() -> None:
         target[:, 0] *= -1
     rotation = torch.eye(12, dtype=torch.float64)
     for _ in range(300):
-        gradient = rotation - target
-        rotation = cayley(rotation, tangent(rotation, gradient))
+        direction = rotation.T @ (rotation - target)
+        rotation = rotation @ cayley((direction - direction.T) / 2)
     assert off_identity(rotation) < 1e-12
     assert float((rotation - target).abs().max()) < 1e-6
 
 
 def test_a_step_turns_by_the_angle_of_its_skew_matrix() -> None:
     skew = torch.tensor([[0.0, 0.1], [-0.1, 0.0]], dtype=torch.float64)
-    made = cayley(torch.eye(2, dtype=torch.float64), skew)
+    made = cayley(skew)
     angle = 2 * np.arctan(0.05)
     wanted = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     np.testing.assert_allclose(made.numpy(), wanted, rtol=0, atol=1e-14)
+    assert float(largest_angle(skew)) == pytest.approx(0.1, rel=1e-12)
+
+
+def test_the_largest_angle_is_the_spectral_norm() -> None:
+    value = torch.randn(3, 24, 24, dtype=torch.float64, generator=draw())
+    skew = value - value.mT
+    wanted = np.linalg.norm(skew.numpy(), 2, axis=(1, 2))
+    np.testing.assert_allclose(largest_angle(skew, 200).numpy(), wanted, rtol=1e-6)
+    assert (largest_angle(skew).numpy() > 0.9 * wanted).all()
 
 
 def test_a_rotation_keeps_dtype_and_length() -> None:

@@ -1,4 +1,4 @@
-"""Orthogonal matrices that spread outliers over all coordinates: Hadamard, random, and moved along the group.
+"""Orthogonal matrices that spread outliers over all coordinates: Hadamard, random, and steps along the group.
 
 With ``H`` a Hadamard matrix of order n (entries 1 and -1, ``H H^T = n I``), ``H / sqrt(n)`` is orthogonal and
 every row of it has equal magnitudes. Orders: Sylvester's for powers of two, Paley's (1933) two families for
@@ -107,28 +107,26 @@ def random_orthogonal(size: int, generator: torch.Generator) -> Rotation:
     return Rotation(q * r.diagonal().sign())
 
 
-def tangent(rotation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """The skew-symmetric A = (G R^T - R G^T) / 2: the steepest ascent from R is A R.
+def cayley(skew: torch.Tensor) -> torch.Tensor:
+    """``(I + A / 2)^-1 (I - A / 2)``: orthogonal, and a step against A for small A (Li et al. 2020).
 
     Args:
-        rotation: orthogonal (..., n, n).
-        gradient: of a loss by R, same shape.
+        skew: A, skew-symmetric float64 (..., n, n).
     """
-    product = gradient @ rotation.mT
-    return (product - product.mT) / 2
+    eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(eye + skew / 2, eye - skew / 2)
 
 
-def cayley(rotation: torch.Tensor, skew: torch.Tensor) -> torch.Tensor:
-    """``(I + A / 2)^-1 (I - A / 2) R``: a step against A R that stays orthogonal (Li et al. 2020).
-
-    Args:
-        rotation: orthogonal float64 (..., n, n).
-        skew: skew-symmetric, same shape; its spectral norm is the largest angle turned by, for small ones.
-    """
-    eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
-    moved = torch.linalg.solve(eye + skew / 2, (eye - skew / 2) @ rotation)
-    # one step of Newton's iteration to the nearest orthogonal matrix takes off what rounding adds up
-    return 1.5 * moved - 0.5 * moved @ (moved.mT @ moved)
+def largest_angle(skew: torch.Tensor, rounds: int = 30) -> torch.Tensor:
+    """Spectral norm of skew-symmetric matrices (..., n, n), from below, by the power method."""
+    draw = torch.Generator().manual_seed(0)
+    value = torch.randn(skew.shape[-1], 1, dtype=skew.dtype, generator=draw).to(skew.device)
+    value = value.expand(*skew.shape[:-1], 1)
+    for _ in range(rounds):
+        value = skew @ value
+        norm = torch.linalg.vector_norm(value, dim=(-2, -1))
+        value = value / norm.clamp(min=1e-300)[..., None, None]
+    return norm
 
 
 _TWO = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)

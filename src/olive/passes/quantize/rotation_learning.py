@@ -4,6 +4,10 @@ SpinQuant (Liu et al. 2024, arXiv:2405.16406). The weights are folded, turned an
 between what the model in floating point predicts and what this one does. Its gradient by a turned weight
 passes straight through the rounding, goes on to the rotations, and moves them along the group by Cayley's
 transform (Li et al. 2020, arXiv:2002.01113), so that they stay orthogonal.
+
+A rotation R moves to ``R C`` with ``C`` the transform of a skew-symmetric matrix, whose steepest direction is
+the skew part of ``R^T dL/dR``. Of a matrix turned to ``W = F R``, with gradient G, that is ``W^T G``, and
+``W G^T`` of ``W = R^T F``: neither F nor R is needed. The turned weights follow as ``W C`` and ``C^T W``.
 """
 
 from __future__ import annotations
@@ -19,11 +23,11 @@ from olive.passes.quantize.forward import Stop
 from olive.passes.quantize.residual import Fold, Stream
 from olive.passes.quantize.rotated import Rotations
 from olive.quantization.grid import Grid, round_to_nearest
-from olive.quantization.rotations import Rotation, cayley, tangent
+from olive.quantization.rotations import Rotation, cayley, largest_angle
 from olive.quantization.rounding import fake_quantise
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and which are real, (rows, length) each
-_MOMENTUM, _SQUARES = 0.9, 0.99
+_MOMENTUM, _SQUARES, _DAMPING = 0.9, 0.99, 1e-3
 
 
 class RotatedNetwork:
@@ -49,24 +53,22 @@ class RotatedNetwork:
         self.device = next(model.parameters()).device
         self.first = start.stream.matrix().to(self.device)
         self.heads = torch.stack([one.matrix() for one in start.heads]).to(self.device)
-        self.weights = {name: value.to(self.device) for name, value in weights.items()}
         self.head: nn.Module = model.get_output_embeddings()
         self.embedding: nn.Module = model.get_input_embeddings()
-        self.head.weight = nn.Parameter(self.weights["lm_head.weight"], requires_grad=False)
-        self.turned = {
+        self.head.weight = nn.Parameter(weights["lm_head.weight"].to(self.device), requires_grad=False)
+        self.folds = {
             name: fold
             for name, fold in stream.folds.items()
             if fold.layer >= 0 and (fold.reads or fold.writes or fold.values is not None)
         }
-        self.parameters = {name: model.get_parameter(name) for name in self.turned}
-        for name, value in self.weights.items():
-            if name not in self.turned and name != "lm_head.weight":
-                model.get_parameter(name).data = value
+        self.parameters = {name: model.get_parameter(name) for name in self.folds}
+        for name, value in weights.items():
+            if name != "lm_head.weight":
+                model.get_parameter(name).data = value.to(self.device)
+        self.turned = {name: parameter.data for name, parameter in self.parameters.items()}
 
     def references(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """What the head reads in the model as it is, of each batch: (rows, length, hidden)."""
-        for name, parameter in self.parameters.items():
-            parameter.data = self.weights[name]
+        """What the head reads, of each batch, before anything is turned: (rows, length, hidden)."""
         found: list[torch.Tensor] = []
 
         def enter(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
@@ -82,12 +84,12 @@ class RotatedNetwork:
         return found
 
     @torch.no_grad()
-    def round(self) -> None:
-        """Turn and round every weight by the rotations as they are now."""
-        first, heads = self.first.float(), self.heads.float()
-        for name, fold in self.turned.items():
-            value = turn(fold, self.weights[name], first, heads[fold.layer], self.stream.head)
-            grid = self.grids.get(name)
+    def turn(self, first: torch.Tensor, heads: torch.Tensor) -> None:
+        """Turn every weight on by ``first`` and each layer's of ``heads``, float64, and round it."""
+        one, others = first.float(), heads.float()
+        for name, fold in self.folds.items():
+            value = turned_on(fold, self.turned[name], one, others[fold.layer], self.stream.head)
+            self.turned[name], grid = value, self.grids.get(name)
             self.parameters[name].data = value if grid is None else round_to_nearest(value, grid).dequantise()
 
     def losses(self, batch: Batch, reference: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
@@ -130,50 +132,63 @@ class RotatedNetwork:
 
     @torch.no_grad()
     def loss(self, batches: Sequence[Batch], references: Sequence[torch.Tensor]) -> float:
-        """Mean KL over all real tokens, nat, with the weights as ``round`` left them."""
+        """Mean KL over all real tokens, nat, with the weights as they are now."""
         first = self.first.float()
         parts = [
             self.losses(batch, reference, first) for batch, reference in zip(batches, references, strict=True)
         ]
         return float(torch.cat(parts).mean(dtype=torch.float64))
 
-    def gradients(self, batch: Batch, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Gradients of the mean KL by R1 and by every R2, float64, and the KL; ``round`` comes first."""
+    def directions(self, batch: Batch, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """``R^T dL/dR`` of R1 and of every R2, float64, L the mean KL; and L."""
         first = self.first.float().requires_grad_()
-        heads = self.heads.float().requires_grad_()
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         loss = self.losses(batch, reference, first).mean()
         loss.backward()
-        for name, fold in self.turned.items():
-            parameter = self.parameters[name]
+        assert first.grad is not None  # noqa: S101 - embedding and head read it
+        by_first = self.first.T @ first.grad.double()
+        by_heads = torch.zeros_like(self.heads)
+        for name, fold in self.folds.items():
+            parameter, value = self.parameters[name], self.turned[name]
             gradient, parameter.grad = parameter.grad, None
             parameter.requires_grad_(False)
             if gradient is None:
                 continue
-            value = turn(fold, self.weights[name], first, heads[fold.layer], self.stream.head)
             grid = self.grids.get(name)
-            made = value if grid is None else fake_quantise(value, grid)
-            if made.requires_grad:
-                made.backward(gradient)
-        none = torch.zeros_like(heads)
-        by_heads = none if heads.grad is None else heads.grad
-        assert first.grad is not None  # noqa: S101 - embedding and head read it
-        return first.grad.double(), by_heads.double(), float(loss.detach())
+            if grid is not None:
+                leaf = value.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(fake_quantise(leaf, grid), leaf, gradient)
+            width = self.stream.head
+            if fold.values is not None:
+                own, its = (
+                    each[slice(*fold.values)].reshape(-1, width, *each.shape[1:])
+                    for each in (value, gradient)
+                )
+                by_heads[fold.layer] += torch.einsum("hi...,hj...->ij", own, its).double()
+            if fold.mixes:
+                own, its = (each.reshape(-1, width) for each in (value, gradient))
+                by_heads[fold.layer] += (own.T @ its).double()
+            if fold.reads:
+                by_first += (value.T @ gradient).double()
+            elif fold.writes:
+                own, its = (each.view(len(each), -1) for each in (value, gradient))
+                by_first += (own @ its.T).double()
+        return by_first, by_heads, float(loss.detach())
 
 
-def turn(
+def turned_on(
     fold: Fold, value: torch.Tensor, first: torch.Tensor, second: torch.Tensor, head: int
 ) -> torch.Tensor:
-    """A folded tensor turned by R1 and R2, with gradients by both; as ``rotated.turned``."""
+    """A tensor turned by R1 and R2, as ``rotated.turned``; once more where it is turned already."""
     if value.dim() == 1:
         if fold.writes:
             return value @ first
         if fold.values is None:
             return value
         low, high = fold.values
-        turned = (value[low:high].view(-1, head) @ second).view(-1)
-        return torch.cat([value[:low], turned, value[high:]])
+        own = (value[low:high].view(-1, head) @ second).view(-1)
+        return torch.cat([value[:low], own, value[high:]])
     if fold.writes:
         if fold.mixes:
             value = (value.view(len(value), -1, head) @ second).view(value.shape)
@@ -182,15 +197,15 @@ def turn(
     if fold.values is None:
         return value
     low, high = fold.values
-    own = value[low:high].view(-1, head, value.shape[1])
-    return torch.cat([value[:low], (second.T @ own).view(high - low, -1), value[high:]])
+    heads = value[low:high].view(-1, head, value.shape[1])
+    return torch.cat([value[:low], (second.T @ heads).view(high - low, -1), value[high:]])
 
 
 class Descent:
-    """Steps of a stack of rotations along the group, each element of the direction scaled as in Adam.
+    """Directions along the group, each element scaled as in Adam.
 
-    The direction A = (G R^T - R G^T) / 2 is skew-symmetric, and so are its running mean and, element by
-    element, its quotient by the root of its running mean square.
+    The skew part of ``R^T dL/dR`` stays skew-symmetric in its running mean and, element by element, in the
+    quotient by the root of its running mean square.
 
     Args:
         shape: (..., n, n) of the rotations.
@@ -202,20 +217,16 @@ class Descent:
         self.square = torch.zeros(shape, dtype=torch.float64, device=device)
         self.count = 0
 
-    def step(self, rotation: torch.Tensor, gradient: torch.Tensor, rate: float) -> torch.Tensor:
-        """The rotations after a step; ``rate`` is the largest angle, in radians, that any is turned by."""
+    def step(self, direction: torch.Tensor, rate: float) -> torch.Tensor:
+        """What the rotations are turned on by, from the right: no further than by ``rate``, in radians."""
         self.count += 1
-        along = tangent(rotation, gradient)
-        self.mean.lerp_(along, 1 - _MOMENTUM)
-        self.square.lerp_(along.square(), 1 - _SQUARES)
+        skew = (direction - direction.mT) / 2
+        self.mean.lerp_(skew, 1 - _MOMENTUM)
+        self.square.lerp_(skew.square(), 1 - _SQUARES)
         root = (self.square / (1 - _SQUARES**self.count)).sqrt()
-        skew = (
-            self.mean
-            / (1 - _MOMENTUM**self.count)
-            / (root + 1e-3 * root.amax((-1, -2), keepdim=True) + 1e-30)
-        )
-        norm = torch.linalg.matrix_norm(skew, 2, keepdim=True)
-        return cayley(rotation, skew * (rate / norm.clamp(min=1e-30)))
+        root = root + _DAMPING * root.amax((-1, -2), keepdim=True) + 1e-30
+        skew = self.mean / (1 - _MOMENTUM**self.count) / root
+        return cayley(skew * (rate / largest_angle(skew).clamp(min=1e-30)[..., None, None]))
 
 
 def learn(
@@ -245,23 +256,23 @@ def learn(
     references, unseen = network.references(batches), network.references(held_out)
     by_first = Descent(network.first.shape, network.device)
     by_heads = Descent(network.heads.shape, network.device)
-    network.round()
+    network.turn(network.first, network.heads)
     curve = [(0, network.loss(held_out, unseen))]
-    least, kept = curve[0][1], (network.first.clone(), network.heads.clone())
+    least, kept = curve[0][1], (network.first, network.heads)
     every = -(-steps // checks)
     for number in range(steps):
         place = number % len(batches)
-        first, heads, value = network.gradients(batches[place], references[place])
+        first, heads, value = network.directions(batches[place], references[place])
         now = rate * (1 - number / steps)
-        network.first = by_first.step(network.first, first, now)
-        network.heads = by_heads.step(network.heads, heads, now)
-        network.round()
+        turn = by_first.step(first, now), by_heads.step(heads, now)
+        network.first, network.heads = network.first @ turn[0], network.heads @ turn[1]
+        network.turn(*turn)
         found = None
         if (number + 1) % every == 0 or number + 1 == steps:
             found = network.loss(held_out, unseen)
             curve.append((number + 1, found))
             if found < least:
-                least, kept = found, (network.first.clone(), network.heads.clone())
+                least, kept = found, (network.first, network.heads)
         say(number + 1, value, found)
     first, heads = (each.cpu() for each in kept)
     return Rotations(Rotation(first), [Rotation(one) for one in heads]), curve

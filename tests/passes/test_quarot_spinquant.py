@@ -179,7 +179,7 @@ def test_outliers_cost_less_after_a_rotation(tmp_path: Path) -> None:
     rotation = run("QuaRot", source, tmp_path / "rotated")
     after = run("Rtn", rotation.out, tmp_path / "rotated-rtn")
     assert distance(source, rotation.out) < 1e-7
-    assert distance(source, after.out) < 0.5 * distance(source, plain.out)
+    assert distance(source, after.out) < 0.7 * distance(source, plain.out)
 
 
 @pytest.mark.parametrize(
