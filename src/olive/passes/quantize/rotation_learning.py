@@ -24,7 +24,7 @@ from olive.passes.quantize.residual import Fold, Stream
 from olive.passes.quantize.rotated import Rotations
 from olive.quantization.grid import Grid, round_to_nearest
 from olive.quantization.rotations import Rotation, cayley, largest_angle
-from olive.quantization.rounding import fake_quantise
+from olive.quantization.rounding import pull_back
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and which are real, (rows, length) each
 _MOMENTUM, _SQUARES, _DAMPING = 0.9, 0.99, 1e-3
@@ -157,8 +157,7 @@ class RotatedNetwork:
                 continue
             grid = self.grids.get(name)
             if grid is not None:
-                leaf = value.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(fake_quantise(leaf, grid), leaf, gradient)
+                gradient = pull_back(value, grid, gradient)
             width = self.stream.head
             if fold.values is not None:
                 own, its = (
