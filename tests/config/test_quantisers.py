@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from olive.config.loader import Loaded, load
+from olive.errors import ConfigError
 from olive.passes.registry import names, params_of
 
 LORA = {"type": "LoRA", "train_data_config": "second"}
@@ -65,3 +66,21 @@ def test_older_names_and_what_they_meant() -> None:
         "`zero_point` is now `sym`",
     ):
         assert text in said
+
+
+def test_spinquant_of_an_olive_document() -> None:
+    arguments = {"max_steps": 20, "learning_rate": 1.5, "per_device_train_batch_size": 4}
+    entry = {"type": "SpinQuant", "rotate_mode": "random", "a_bits": 16, "training_args": arguments}
+    found = loaded({"l": LORA, "r": entry})
+    params = found.workflow.passes["r"].params
+    assert (params.rotate_mode, params.iters, params.data_config) == ("random", 20, "second")
+    said = " ".join(problem.message for problem in found.findings)
+    for text in (
+        "`learning_rate`",
+        "`per_device_train_batch_size`",
+        "`max_steps` is now `iters`",
+        "`a_bits`",
+    ):
+        assert text in said
+    with pytest.raises(ConfigError, match="activations of 8 bits"):
+        loaded({"l": LORA, "r": entry | {"a_bits": 8}})

@@ -301,6 +301,15 @@ def _check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) 
                     continue
                 located = where if problem.where is None else f"{where}.{problem.where}"
                 yield Problem(problem.message, located, problem.fix, problem.severity, problem.exit_code)
+            info = _left(technique, info, entry)
+
+
+def _left(technique: Pass[Any], info: ModelInfo, entry: PassEntry) -> ModelInfo:
+    """The model as the pass leaves it."""
+    try:
+        return technique.leaves(info, entry.params)
+    except (Exception, SystemExit):  # noqa: BLE001 - third-party code
+        return info
 
 
 def _own_check(
@@ -385,6 +394,7 @@ def _steps(
             cost=_estimate(entry, info, machine, previews, findings) if info else Cost(memory=0, disk=0),
         )
         model = None if found is None or model is None else stored_artifact(found, model)
+        info = info and _left(resolve(entry.type)(), info, entry)
 
 
 def parts_of(

@@ -108,7 +108,8 @@ class Pass(ABC, Generic[P]):
     """A technique that turns one artifact into another.
 
     Subclasses set ``Params``, ``accepts``, ``produces``, ``libraries`` and override at most ``check``,
-    ``estimate`` and ``run``. The module of a pass imports heavy libraries only inside these functions.
+    ``estimate``, ``leaves`` and ``run``. The module of a pass imports heavy libraries only inside these
+    functions.
 
     Attributes:
         Params: type of its parameters.
@@ -162,6 +163,10 @@ class Pass(ABC, Generic[P]):
     def estimate(self, model: ModelInfo, params: P, machine: Machine, data: Mapping[str, Preview]) -> Cost:
         """Expected peak memory, disk and time; ``data`` counts the rows and tokens of each data config."""
         return Cost(memory=0, disk=0)
+
+    def leaves(self, model: ModelInfo, params: P) -> ModelInfo:
+        """What a plan knows of the model after this pass: what the passes that follow are checked against."""
+        return model
 
     def processes(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator, devices: Devices

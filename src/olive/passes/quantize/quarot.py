@@ -16,6 +16,8 @@ from olive.errors import Problem, Severity
 from olive.hardware.machine import Machine
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.hf import describe, open_model
+from olive.models.quantised import EMBEDDING, HEAD
+from olive.models.stream import stored_code
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.quantize import residual
 from olive.passes.quantize.targets import tied
@@ -77,9 +79,18 @@ class Rotating(Pass[P]):
             seconds=2.0 + model.parameters * 4e-8,
         )
 
+    def leaves(self, model: ModelInfo, params: P) -> ModelInfo:
+        """Embedding and head apart, stored in the pass's dtype."""
+        tensors = dict(model.tensors)
+        if tied(model):
+            tensors[f"{HEAD}.weight"] = tensors[f"{EMBEDDING}.weight"]
+        stored = {name: (stored_code(code, params.dtype), shape) for name, (code, shape) in tensors.items()}
+        config = residual.untied_config(model.config, params.dtype)
+        return model.model_copy(update={"tensors": stored, "config": config})
+
     def _head_bytes(self, model: ModelInfo, params: P) -> int:
         """Bytes of a head that is the embedding now and becomes a matrix of its own."""
-        shape = model.tensors.get("model.embed_tokens.weight", ("", (0,)))[1]
+        shape = model.tensors.get(f"{EMBEDDING}.weight", ("", (0,)))[1]
         return prod(shape) * _BYTES[params.dtype] if tied(model) else 0
 
     def run(self, model: Artifact, params: P, ctx: PassContext) -> None:
