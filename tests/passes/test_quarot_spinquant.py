@@ -311,7 +311,7 @@ def test_directions_are_the_slope_of_the_loss(tmp_path: Path) -> None:
     first, heads = network.first, network.heads
 
     def disturbed(one: torch.Tensor, others: torch.Tensor) -> float:
-        """The loss with a fixed error on weights that were turned on, which is what passes straight through."""
+        """The loss with a fixed error on weights that were turned on: what passes straight through."""
         network.first, network.heads = first @ one, heads @ others
         network.turned = {name: value.clone() for name, value in place.items()}
         network.turn(one, others)
