@@ -152,17 +152,25 @@ def steps_of(method: str, group_size: int, tokens: int) -> list[Step]:
     return made
 
 
-def run_steps(steps: list[Step], out: Path, calibration: Path) -> dict[str, Any]:
-    """Passes one after the other, the last one into ``out``: its facts, and what all took."""
+def run_steps(
+    steps: list[Step], folder: Path, calibration: Path, known: dict[str, tuple[Path, dict[str, Any]]]
+) -> tuple[Path, dict[str, Any]]:
+    """Passes one after the other: the last one's folder and facts, and what all took.
+
+    ``known`` holds what earlier methods made of the same first passes, which is not made again.
+    """
     model, total = base(), {"wall": 0.0, "cpu": 0.0, "seconds": 0.0, "peak": 0.0}
     facts: dict[str, Any] = {}
     for number, step in enumerate(steps):
-        target = out if step is steps[-1] else out.parent / f"{out.name}-step{number}"
-        facts = run_pass(step, model, target, calibration)
+        label = repr(steps[: number + 1])
+        if label not in known:
+            target = folder / f"{len(known)}-{step.name}"
+            known[label] = target, run_pass(step, model, target, calibration)
+        model, facts = known[label]
         for name in ("wall", "cpu", "seconds"):
             total[name] += facts.get(name, 0.0)
-        total["peak"], model = max(total["peak"], facts["peak"]), target
-    return facts | total
+        total["peak"] = max(total["peak"], facts["peak"])
+    return model, facts | total
 
 
 def run_pass(step: Step, model: Path, out: Path, calibration: Path) -> dict[str, Any]:
@@ -292,9 +300,9 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     print(f"{head}{'MB':>7}{'pass s':>8}{'wall s':>8}{'CPU s':>7}{'peak GB':>9}", flush=True)
     rtn: Measured | None = None
     runs = [(method, steps_of(method, given.group_size, given.tokens)) for method in given.methods]
+    known: dict[str, tuple[Path, dict[str, Any]]] = {}
     for method, steps in runs:
-        out = folder / f"{len(list(folder.iterdir()))}-{steps[-1].name}"
-        facts = run_steps(steps, out, calibration)
+        out, facts = run_steps(steps, folder, calibration, known)
         _, found = measure(out, ids, reference)
         rtn = rtn or found
         _line(method, found, full, rtn, facts)
