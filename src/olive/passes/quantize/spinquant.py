@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -46,7 +48,7 @@ class SpinQuant(Rotating["SpinQuant.Params"]):
         sym: bool = Field(False, description="No zero points there.")
         iters: int = Field(48, ge=1, description="Steps, each on one batch.")
         lr: float = Field(
-            0.02,
+            0.05,
             gt=0,
             le=1,
             description="Largest angle of the first step, in radians; it falls to 0 linearly.",
@@ -127,9 +129,11 @@ class SpinQuant(Rotating["SpinQuant.Params"]):
             ctx.progress.update(step, kl=kl)
 
         ctx.progress.start("learn rotations", params.iters)
+        batches = train.batches(params.batch_tokens)
+        random.Random(params.seed).shuffle(batches)  # noqa: S311 - a draw, no secret
         made, curve = learn(
             network,
-            train.batches(params.batch_tokens),
+            batches[: params.iters],
             held_out.batches(params.batch_tokens),
             steps=params.iters,
             rate=params.lr,
@@ -146,7 +150,7 @@ class SpinQuant(Rotating["SpinQuant.Params"]):
             "loss_after": best[1],
             "best_step": best[0],
         }
-        return type(made)(made.stream, made.heads, start.notes)
+        return replace(made, notes=start.notes)
 
     def _grids(self, model: ModelInfo, params: Params) -> dict[str, Layer]:
         """The matrices of the decoder layers, and how they will be rounded."""
