@@ -46,7 +46,7 @@ class SpinQuant(Rotating["SpinQuant.Params"]):
         bits: Bits = Field(4, description="Bits of a weight that the quantiser after it will use.")
         group_size: int = Field(32, description="Weights that share a scale there; -1 for a whole row.")
         sym: bool = Field(False, description="No zero points there.")
-        iters: int = Field(48, ge=1, description="Steps, each on one batch.")
+        iters: int = Field(32, ge=1, description="Steps, each on one batch.")
         lr: float = Field(
             0.05,
             gt=0,
