@@ -19,6 +19,7 @@ from olive.passes.quantize import residual, rotated
 from olive.passes.quantize.quarot import QuaRot
 from olive.passes.quantize.rotation_learning import RotatedNetwork
 from olive.passes.quantize.spinquant import SpinQuant
+from olive.passes.quantize.targets import CHOICE
 from olive.quantization.rotations import cayley
 from passes_kit import run
 from tiny import tiny_llama, tiny_phi3, tiny_tokenizer
@@ -157,7 +158,9 @@ def test_an_order_without_a_hadamard_matrix(tmp_path: Path) -> None:
 
 def test_weights_in_several_files_and_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = model(tmp_path / "model", "qwen2", num_hidden_layers=1)
+    (source / CHOICE).write_text('{"model.layers.0.mlp.down_proj": {"bits": 8}}')
     whole = run("QuaRot", source, tmp_path / "whole")
+    assert (whole.out / CHOICE).read_text() == (source / CHOICE).read_text()
     sharded = tmp_path / "sharded"
     load_model(source, dtype="float32").save_pretrained(sharded, max_shard_size="60KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -203,6 +206,7 @@ def test_outliers_cost_less_after_a_rotation(tmp_path: Path) -> None:
         ({"model_type": "mamba"}, "not known"),
         ({"num_key_value_heads": 1}, "does not fit"),
         ({"hidden_size": 32}, "does not fit"),
+        ({"tie_word_embeddings": False}, "no lm_head.weight"),
         ({"num_attention_heads": None}, "how wide"),
         ({"quantization_config": {"quant_method": "gptq"}}, "stored quantised"),
     ],

@@ -20,7 +20,7 @@ from olive.models.quantised import EMBEDDING, HEAD
 from olive.models.stream import stored_code
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.quantize import residual
-from olive.passes.quantize.targets import tied
+from olive.passes.quantize.targets import CHOICE, tied
 
 if TYPE_CHECKING:
     from olive.models.stream import LazyTensors
@@ -114,6 +114,8 @@ class Rotating(Pass[P]):
             ctx.progress.start("rotate", len(stream.folds))
             size = write_folder(model.path, tensors, stream, by, params.dtype, ctx.out, ctx.progress.update)
             ctx.progress.finish()
+        if (model.path / CHOICE).is_file():  # bits by layer, for the quantiser after this
+            (ctx.out / CHOICE).write_bytes((model.path / CHOICE).read_bytes())
         ctx.attributes["dtype"] = params.dtype
         ctx.facts |= {
             "method": type(self).__name__,
@@ -137,8 +139,8 @@ class Rotating(Pass[P]):
 class QuaRot(Rotating["QuaRot.Params"]):
     """Turn the residual stream and the heads so that no channel stands out (Ashkboos et al. 2024).
 
-    The model's function stays the same; its weights are easier to round. Only what can be folded into weights
-    is turned: the rotations inside MLP and keys would need a kernel of their own.
+    The model's function stays the same. Only what can be folded into weights is turned: the rotations inside
+    MLP and keys would need a kernel of their own.
     """
 
     class Params(RotateParams):

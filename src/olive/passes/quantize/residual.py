@@ -187,6 +187,8 @@ def _unknown(info: ModelInfo, stream: Stream) -> Iterator[Problem]:
     wanted = {fold.source for fold in stream.folds.values()}
     wanted |= {fold.norm for fold in stream.folds.values() if fold.norm}
     missing = sorted(wanted - info.tensors.keys())
+    if stream.tied and not info.config.get("tie_word_embeddings", True):
+        missing.insert(0, _HEAD)
     if lost or missing:
         yield Problem(
             f"it is not known how {lost[0]} meets the residual stream"
