@@ -42,7 +42,7 @@ class EquivalenceGate(Frozen):
     max_kl: float | None = Field(
         None,
         gt=0,
-        description="Default: by the stored dtype; 1e-6 in float32, 0.01 in float16, 0.1 in bfloat16.",
+        description="Default: by the stored dtype; 1e-6 in float32, 1e-3 in float16, 0.01 in bfloat16.",
     )
 
 

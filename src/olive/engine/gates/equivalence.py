@@ -14,7 +14,7 @@ from olive.models.hf import load_model, read_json
 from olive.passes.base import PassContext
 
 # of the stored dtype: KL in nat a token
-_MAX_KL = {"float32": 1e-6, "float16": 1e-2, "bfloat16": 1e-1}
+_MAX_KL = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}
 _PROMPTS = 8
 
 
