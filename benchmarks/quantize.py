@@ -6,7 +6,8 @@ The example's base (SmolLM2-135M-Instruct as a Phi-3); its 120 projections to as
 head and embedding untouched. Text: Wikipedia passages of BoolQ; calibration on the training passages,
 measured on the development ones, in blocks of 1,024 tokens. Each method runs as a pass does in a document, in
 a process of its own. Standard errors are over tokens; those of the ratio to Rtn are paired. A method may
-bring parameters: `'Gptq:{"drift": 0}'`. `--olive` also runs the `Gptq` of Olive 0.13.0 on the same text, 32
+bring parameters: `'Gptq:{"drift": 0}'`. `QuaRot+Rtn` runs one pass on what the one before it made; bytes are
+the last one's, seconds those of all. `--olive` also runs the `Gptq` of Olive 0.13.0 on the same text, 32
 blocks of it, in the environment of benchmarks/against_olive.py.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -130,9 +132,51 @@ def timed(
     return done, {"wall": wall} | usage
 
 
-def run_pass(name: str, params: dict[str, Any], out: Path, calibration: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Step:
+    """A pass and its parameters."""
+
+    name: str
+    params: dict[str, Any]
+
+
+def steps_of(method: str, group_size: int, tokens: int) -> list[Step]:
+    """The passes of ``A:{...}+B``, with the settings that all methods share."""
+    made = []
+    for part in re.split(r"\+(?=[A-Za-z])", method):
+        name, _, text = part.partition(":")
+        params: dict[str, Any] = {} if name == "QuaRot" else {"group_size": group_size}
+        if name not in ("Rtn", "KQuant", "Hqq", "QuaRot"):
+            params |= {"data_config": "text", "calibration_tokens": tokens}
+        made.append(Step(name, params | (json.loads(text) if text else {})))
+    return made
+
+
+def run_steps(
+    steps: list[Step], folder: Path, calibration: Path, known: dict[str, tuple[Path, dict[str, Any]]]
+) -> tuple[Path, dict[str, Any]]:
+    """Passes one after the other: the last one's folder and facts, and what all took.
+
+    ``known`` holds what earlier methods made of the same first passes, which is not made again.
+    """
+    model, total = base(), {"wall": 0.0, "cpu": 0.0, "seconds": 0.0, "peak": 0.0}
+    facts: dict[str, Any] = {}
+    for number, step in enumerate(steps):
+        label = repr(steps[: number + 1])
+        if label not in known:
+            target = folder / f"{len(known)}-{step.name}"
+            known[label] = target, run_pass(step, model, target, calibration)
+        model, facts = known[label]
+        for name in ("wall", "cpu", "seconds"):
+            total[name] += facts.get(name, 0.0)
+        total["peak"] = max(total["peak"], facts["peak"])
+    return model, facts | total
+
+
+def run_pass(step: Step, model: Path, out: Path, calibration: Path) -> dict[str, Any]:
     """One pass as a document runs it, in a process of its own; returns its facts."""
-    body = {"name": name, "params": params, "out": str(out), "calibration": str(calibration)}
+    body = {"name": step.name, "params": step.params, "model": str(model), "out": str(out)}
+    body["calibration"] = str(calibration)
     command = [sys.executable, __file__, "--worker", json.dumps(body)]
     done, used = timed(command, dict(os.environ))
     if done.returncode:
@@ -188,7 +232,9 @@ def run_here(name: str, params: dict[str, Any], model: Path, out: Path, calibrat
 
 
 def worker(body: dict[str, Any]) -> None:
-    facts = run_here(body["name"], body["params"], base(), Path(body["out"]), Path(body["calibration"]))
+    facts = run_here(
+        body["name"], body["params"], Path(body["model"]), Path(body["out"]), Path(body["calibration"])
+    )
     print(json.dumps({key: value for key, value in facts.items() if key != "layers"}))
 
 
@@ -253,16 +299,10 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     head = f"{'':24}{'ppl':>8}{'rise':>7}{'KL':>9}{'± se':>8}{'of Rtn':>8}{'± se':>8}"
     print(f"{head}{'MB':>7}{'pass s':>8}{'wall s':>8}{'CPU s':>7}{'peak GB':>9}", flush=True)
     rtn: Measured | None = None
-    runs: list[tuple[str, str, dict[str, Any]]] = []
-    for method in given.methods:
-        name, _, text = method.partition(":")
-        params = {"group_size": given.group_size} | (json.loads(text) if text else {})
-        runs.append((method, name, params))
-    for method, name, params in runs:
-        out = folder / f"{len(list(folder.iterdir()))}-{name}"
-        if name not in ("Rtn", "KQuant", "Hqq"):
-            params = {"data_config": "text", "calibration_tokens": given.tokens} | params
-        facts = run_pass(name, params, out, calibration)
+    runs = [(method, steps_of(method, given.group_size, given.tokens)) for method in given.methods]
+    known: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for method, steps in runs:
+        out, facts = run_steps(steps, folder, calibration, known)
         _, found = measure(out, ids, reference)
         rtn = rtn or found
         _line(method, found, full, rtn, facts)

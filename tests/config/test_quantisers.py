@@ -82,3 +82,21 @@ def test_passes_of_older_documents_on_graphs() -> None:
         graph_pass(type="OnnxMatMul4Quantizer", algorithm="GPTQ")
     given = graph_pass(type="OnnxDynamicQuantization", precision="QUInt8")
     assert given.params.precision == "uint8"
+
+
+def test_spinquant_of_an_olive_document() -> None:
+    arguments = {"max_steps": 20, "learning_rate": 1.5, "per_device_train_batch_size": 4}
+    entry = {"type": "SpinQuant", "rotate_mode": "random", "a_bits": 16, "training_args": arguments}
+    found = loaded({"l": LORA, "r": entry})
+    params = found.workflow.passes["r"].params
+    assert (params.rotate_mode, params.iters, params.data_config) == ("random", 20, "second")
+    said = " ".join(problem.message for problem in found.findings)
+    for text in (
+        "`learning_rate`",
+        "`per_device_train_batch_size`",
+        "`max_steps` is now `iters`",
+        "`a_bits`",
+    ):
+        assert text in said
+    with pytest.raises(ConfigError, match="activations of 8 bits"):
+        loaded({"l": LORA, "r": entry | {"a_bits": 8}})

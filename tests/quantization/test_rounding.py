@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from olive.quantization.grid import Grid, round_to_nearest
 from olive.quantization.k_quant import search
-from olive.quantization.rounding import LearnedRounding
+from olive.quantization.rounding import LearnedRounding, pull_back
 
 KINDS = ["asymmetric", "full_range", "symmetric"]
 
@@ -138,3 +140,41 @@ def test_a_block_of_zeros_stays_zero() -> None:
         one.forward().square().sum().backward()
         assert bool(one.offsets.grad.isfinite().all())
         assert float(one.quantised().dequantise().abs().max()) == 0.0
+
+
+def straight_through(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Round to nearest in the formulas of a grid, with roundings that autograd does not see."""
+
+    def nearest(value: torch.Tensor) -> torch.Tensor:
+        return value + (value.round() - value).detach()
+
+    blocks = weight.reshape(len(weight), -1, grid.width(weight.shape[1]))
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    zeros: torch.Tensor | float = float(grid.middle)
+    if grid.kind == "asymmetric":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scales = (high - low) / grid.top
+        zeros = nearest(-low / scales)
+    elif grid.kind == "full_range":
+        scales = torch.where(high.abs() > low.abs(), high, low) / -float(grid.middle)
+    else:
+        scales = torch.maximum(-low, high) / (grid.middle - 1)
+    codes = (nearest(blocks / scales) + zeros).clamp(0, grid.top)
+    return ((codes - zeros) * scales).view(weight.shape)
+
+
+@pytest.mark.parametrize("kind", ["asymmetric", "full_range", "symmetric"])
+@pytest.mark.parametrize(("bits", "block"), [(4, 8), (2, 16), (8, -1)])
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_the_gradient_of_rounding_is_autograds(kind: Any, bits: int, block: int, shift: float) -> None:
+    grid = Grid(bits, block, kind)
+    draw = torch.Generator().manual_seed(bits)
+    weight = (torch.randn(6, 32, generator=draw) + shift).requires_grad_()
+    gradient = torch.randn(6, 32, generator=draw)
+    made = straight_through(weight, grid)
+    torch.testing.assert_close(
+        made, round_to_nearest(weight.detach(), grid).dequantise(), rtol=1e-5, atol=1e-5
+    )
+    (wanted,) = torch.autograd.grad(made, weight, gradient)
+    # sums of a few numbers of size one in float32, in another order
+    torch.testing.assert_close(pull_back(weight.detach(), grid, gradient), wanted, rtol=1e-4, atol=1e-5)

@@ -87,6 +87,9 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = dict.fromkeys(TUNING, _TUNING_WITHOU
     | dict.fromkeys(("double_quant", "quant_type", "compute_dtype", "save_quant_config"), NEVER_LORA),
     "Gptq": _QUANTISERS_WITHOUT_EFFECT,
     "Awq": _QUANTISERS_WITHOUT_EFFECT,
+    "SpinQuant": dict.fromkeys(
+        ("a_bits", "a_symmetric", "a_per_token"), "has no effect: activations stay in floating point"
+    ),
 }
 WITHOUT_EFFECT |= dict.fromkeys(_ON_GRAPHS, _GRAPHS_WITHOUT_EFFECT)
 WITHOUT_EFFECT["OnnxFloatToFloat16"] = {
@@ -153,6 +156,8 @@ def _pass(context: Context, name: str, entry: Node) -> None:
     if not _type(context, entry):
         return
     kind = str(entry.members["type"].value)
+    if kind == "SpinQuant":
+        _learned_rotation(context, entry)
     params = context.params_of(kind)
     known = params.model_fields
     names = params_aliases(params)
@@ -227,6 +232,34 @@ def _older_quantiser(context: Context, entry: Node) -> None:
     if not any(given(entry, key) for key in ("group_size", "q_group_size")):
         context.findings.note("not given, so kept as it was: group_size 128", entry.origin)
         entry.value["group_size"] = Node(128, entry.origin)
+
+
+def _learned_rotation(context: Context, entry: Node) -> None:
+    """Of `training_args` only the number of steps has a meaning; activations below 16 bits are refused."""
+    findings, bits = context.findings, entry.members.get("a_bits")
+    if bits is not None and isinstance(bits.value, int) and bits.value < 16:
+        findings.error(
+            f"activations of {bits.value} bits are not quantised in this version",
+            bits.origin,
+            "remove `a_bits`: weights alone are rounded",
+        )
+    arguments = entry.members.get("training_args")
+    if arguments is None or not isinstance(arguments.value, dict | None):
+        return
+    for key in list(arguments.members):
+        steps = arguments.members[key].value
+        if key == "max_steps" and isinstance(steps, int) and steps > 0 and "iters" not in entry.members:
+            findings.note("`max_steps` is now `iters` of the pass", arguments.members[key].origin)
+            entry.value["iters"] = Node(steps, arguments.members[key].origin)
+        else:
+            drop(
+                arguments,
+                key,
+                findings,
+                "has no effect on SpinQuant: `iters` are its steps, `lr` is the angle of the first, "
+                "`batch_tokens` the tokens of each",
+            )
+    del entry.value["training_args"]
 
 
 def _search_values(context: Context, entry: Node) -> None:

@@ -61,6 +61,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`gates.bundle`", "", gates.BundleGate),
     ("`gates.integers`", "", gates.IntegersGate),
     ("`gates.graph`", "", gates.GraphGate),
+    ("`gates.equivalence`", "", gates.EquivalenceGate),
 )
 
 

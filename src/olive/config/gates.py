@@ -48,6 +48,17 @@ class GraphGate(Frozen):
     samples: int = Field(4, ge=1, le=64, description="How many inputs to compare on.")
 
 
+class EquivalenceGate(Frozen):
+    """Thresholds of the equivalence gate; KL in nat a token."""
+
+    enabled: bool = Field(True, description="Whether the gate holds.")
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        description="Default: by the stored dtype; 1e-6 in float32, 1e-3 in float16, 0.01 in bfloat16.",
+    )
+
+
 class Gates(Frozen):
     """Checks between stages."""
 
@@ -58,3 +69,6 @@ class Gates(Frozen):
         IntegersGate(), description="A model saved in another format, read again, has the same integers."
     )
     graph: GraphGate = Field(GraphGate(), description="A changed graph gives what it gave before.")
+    equivalence: EquivalenceGate = Field(
+        EquivalenceGate(), description="A rotated model predicts what it predicted before."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from olive.config.workflow import Accelerator, PassEntry
+from olive.engine.chain import left
 from olive.engine.defects import defect
 from olive.errors import OliveError, Problem
 from olive.models.artifact import Artifact, Kind, ModelInfo
@@ -32,8 +33,8 @@ class BitsByStep:
             entry: the step.
             model: what it works on; None until the steps before it have run.
         """
+        info = self._info
         try:
-            info = self._info
             if model is not None and model.kind is Kind.HF:
                 info = info if model.path == info.path else describe(model.path)
                 self._before, self._about = None, False  # a choice lies beside the model
@@ -45,6 +46,7 @@ class BitsByStep:
             found = None
         if found is not None and self._about:
             found = found.model_copy(update={"about": True})
+        self._info = left(resolve(entry.type)(), info, entry)
         self._before = found if found is not None and found.chooses else None
         # a merge may store wider floats than its base has
         self._about = self._about or found is None

@@ -66,6 +66,15 @@ def check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) -
             if missing:  # what a missing library leads to
                 found = (problem for problem in found if problem.exit_code not in (3, 5))
             yield from _placed(found, where)
+            info = left(technique, info, entry)
+
+
+def left(technique: Pass[Any], info: ModelInfo, entry: PassEntry) -> ModelInfo:
+    """What a plan knows of the model after a pass."""
+    try:
+        return technique.leaves(info, entry.params)
+    except (Exception, SystemExit):  # noqa: BLE001 - third-party code, whose check has said what is wrong
+        return info
 
 
 def _check_kind(entry: PassEntry, technique: Pass[Any], kind: Kind, where: str) -> Iterator[Problem]:

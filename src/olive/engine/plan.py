@@ -15,7 +15,7 @@ from olive.data.rows import is_local
 from olive.data.rows import where as place_of
 from olive.data.split import split_seed
 from olive.engine.bits import BitsByStep
-from olive.engine.chain import check_passes
+from olive.engine.chain import check_passes, left
 from olive.engine.defects import defect
 from olive.engine.devices import (
     accelerator_of,
@@ -278,6 +278,7 @@ def _steps(
             bits=planned,
         )
         model = None if found is None or model is None else stored_artifact(found, model)
+        info = info and left(resolve(entry.type)(), info, entry)
 
 
 def parts_of(

@@ -22,7 +22,7 @@ class GateResult(Frozen):
     """One gate between stages.
 
     Attributes:
-        gate: ``merge``, ``parity`` or ``bundle``.
+        gate: its name, as in ``gates`` of the document.
         passed: an artifact whose gate failed is never stored; where this is false, the document allowed a
             fallback, and the gate of the same name after it held what the step made in the end.
         figures: measured numbers, e.g. ``kl`` (nat a token), ``top1`` (share of positions).

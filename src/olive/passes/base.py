@@ -112,7 +112,8 @@ class Pass(ABC, Generic[P]):
     """A technique that turns one artifact into another.
 
     Subclasses set ``Params``, ``accepts``, ``produces``, ``libraries`` and override at most ``check``,
-    ``estimate`` and ``run``. The module of a pass imports heavy libraries only inside these functions.
+    ``estimate``, ``leaves`` and ``run``. The module of a pass imports heavy libraries only inside these
+    functions.
 
     Attributes:
         Params: type of its parameters.
@@ -188,6 +189,10 @@ class Pass(ABC, Generic[P]):
         ``before`` is what the step before this one chooses, where it has not run yet.
         """
         return None
+
+    def leaves(self, model: ModelInfo, params: P) -> ModelInfo:
+        """What a plan knows of the model after this pass: what the passes that follow are checked against."""
+        return model
 
     def processes(
         self, model: ModelInfo, params: P, machine: Machine, accelerator: Accelerator, devices: Devices

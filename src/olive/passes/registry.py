@@ -29,6 +29,8 @@ _TABLE: dict[str, str] = {
     "Awq": "olive.passes.quantize.awq:Awq",
     "AutoRound": "olive.passes.quantize.auto_round:AutoRound",
     "Hqq": "olive.passes.quantize.hqq:Hqq",
+    "QuaRot": "olive.passes.quantize.quarot:QuaRot",
+    "SpinQuant": "olive.passes.quantize.spinquant:SpinQuant",
     "SelectiveMixedPrecision": "olive.passes.quantize.mixed_precision:SelectiveMixedPrecision",
     "SaveQuantized": "olive.passes.save.save_quantized:SaveQuantized",
     "SaveGguf": "olive.passes.save.save_gguf:SaveGguf",

@@ -104,3 +104,60 @@ class LearnedRounding:
 def _round(value: torch.Tensor) -> torch.Tensor:
     """The nearest integer; the gradient is that of ``value``."""
     return value + (value.round() - value).detach()
+
+
+@torch.no_grad()
+def pull_back(weight: torch.Tensor, grid: Grid, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient by a matrix of what ``round_to_nearest`` makes of it.
+
+    Roundings pass it straight through, and it goes into the extremes of each block, which decide the scale s:
+    a weight w with code c moves with s by ``c - z - w / s``; one that is cut off at an end of the grid moves
+    with scale and zero point z alone.
+
+    Args:
+        weight: float32 (rows, columns).
+        grid: with integer zero points.
+        gradient: by what the codes stand for, same shape.
+    """
+    if grid.float_zero:
+        raise ValueError("gradients are known for integer zero points")
+    rows, columns = weight.shape
+    blocks = weight.reshape(rows, -1, grid.width(columns))
+    given = gradient.reshape(blocks.shape)
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    lowest, highest = low, high
+    two_ends = grid.kind == "asymmetric"
+    negative = high.abs() <= low.abs()  # of the other kinds: which end decides
+    if two_ends:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scales = (high - low) / grid.top
+    elif grid.kind == "full_range":
+        scales = torch.where(negative, low, high) / -float(grid.middle)
+    else:
+        scales = torch.maximum(-low, high) / max(grid.middle - 1, 1)
+    inverse = torch.where(scales.abs() < _TINY, 0.0, 1.0 / scales)
+    zeros = (-low * inverse).round() if two_ends else torch.full_like(scales, float(grid.middle))
+    steps = blocks * inverse
+    codes = steps.round().add_(zeros)
+    inside = (codes >= 0) & (codes <= grid.top)
+    steps.mul_(inside).neg_().add_(codes.clamp_(0, grid.top)).sub_(zeros)
+    by_scale = (steps * given).sum(-1, keepdim=True)
+    made = given * inside
+    if two_ends:
+        cut = (given.sum(-1, keepdim=True) - made.sum(-1, keepdim=True)) * -scales  # by the zero point
+        by_scale = by_scale + cut * low * inverse.square()
+        by_low = -by_scale / grid.top - cut * inverse
+        _add_where(made, blocks, lowest, torch.where(low < 0, by_low, 0.0))
+        _add_where(made, blocks, highest, torch.where(high > 0, by_scale / grid.top, 0.0))
+    elif grid.kind == "full_range":
+        _add_where(made, blocks, torch.where(negative, lowest, highest), by_scale / -float(grid.middle))
+    else:
+        signed = torch.where(negative, -by_scale, by_scale) / max(grid.middle - 1, 1)
+        _add_where(made, blocks, torch.where(negative, lowest, highest), signed)
+    return made.view(rows, columns)
+
+
+def _add_where(made: torch.Tensor, blocks: torch.Tensor, extreme: torch.Tensor, value: torch.Tensor) -> None:
+    """Add a block's value to the weight that is its extreme; those that share it share the value."""
+    mask = (blocks == extreme).float()
+    made.addcmul_(mask, value / mask.sum(-1, keepdim=True))

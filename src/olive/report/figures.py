@@ -208,6 +208,8 @@ def headline(result: RunResult) -> str:
             parts.append("merged")
         elif layers(step):
             parts.append(f"quantised with {step.type}")
+        elif "rotations" in step.facts:
+            parts.append(f"rotated with {step.type}")
         elif step.type == "ModelBuilder":
             parts.append(f"exported to {params(result, step).get('precision', '')} ONNX".replace("  ", " "))
         else:

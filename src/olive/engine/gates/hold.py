@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from olive.config.gates import Gates
-from olive.engine.gates import bundle, graph, integers, merge, parity
+from olive.engine.gates import bundle, equivalence, graph, integers, merge, parity
 from olive.engine.gates.compare import References
 from olive.engine.result import GateResult
 from olive.passes.base import PassContext
@@ -18,6 +18,7 @@ _CHECKS: dict[str, Callable[..., GateResult]] = {
     "bundle": bundle.check,
     "integers": integers.check,
     "graph": graph.check,
+    "equivalence": equivalence.check,
 }
 
 

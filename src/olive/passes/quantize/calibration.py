@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from olive.config.base import PassParams
 from olive.config.workflow import DataConfig
 from olive.data.plan import Preview
 from olive.errors import ConfigError, Problem
@@ -24,8 +25,8 @@ MINIMUM, ENOUGH = 256, 4096
 PER_BATCH = 1 << 15  # tokens run at once on a CPU
 
 
-class CalibrationParams(QuantizeParams):
-    """Settings of the passes that look at activations."""
+class DataParams(PassParams):
+    """The rows that a pass looks at."""
 
     data_config: str | None = Field(
         None,
@@ -38,6 +39,10 @@ class CalibrationParams(QuantizeParams):
         description="Tokens to calibrate on; rows are drawn at random until there are as many.",
     )
     seed: int = Field(0, description="Of the draw.")
+
+
+class CalibrationParams(DataParams, QuantizeParams):
+    """Settings of the passes that look at activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ class Calibration:
         return made
 
 
-def of(params: CalibrationParams, model: Artifact, ctx: PassContext) -> Calibration:
+def of(params: DataParams, model: Artifact, ctx: PassContext) -> Calibration:
     """The rows that the parameters of a pass ask for: kept for every step that asks for the same."""
     import torch
 
@@ -97,7 +102,7 @@ def of(params: CalibrationParams, model: Artifact, ctx: PassContext) -> Calibrat
     return Calibration(tuple(tuple(part.tolist()) for part in parts))
 
 
-def drawn(params: CalibrationParams) -> dict[str, int]:
+def drawn(params: DataParams) -> dict[str, int]:
     """What rows depend on beside data and tokenizer."""
     return {"tokens": params.calibration_tokens, "seed": params.seed}
 
@@ -143,20 +148,20 @@ def _documents(block: Any) -> list[list[int]]:
     return parts
 
 
-def check(params: CalibrationParams) -> Sequence[Problem]:
-    """Whether there is data at all."""
+def check(params: DataParams, instead: str = "KQuant") -> Sequence[Problem]:
+    """Whether there is data at all; ``instead`` is the pass that needs none."""
     if params.data_config is None:
         return [
             Problem(
                 "there is nothing to calibrate on: no data_config, and no fine-tuning before",
                 where="data_config",
-                fix="Name a data config, or use KQuant, which needs no data.",
+                fix=f"Name a data config, or use {instead}, which needs no data.",
             )
         ]
     return []
 
 
-def count(params: CalibrationParams, data: Mapping[str, Preview]) -> int:
+def count(params: DataParams, data: Mapping[str, Preview]) -> int:
     """Tokens that will be used, by the previews of a plan.
 
     Raises:
