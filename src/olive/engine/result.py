@@ -28,6 +28,7 @@ class GateResult(Frozen):
         figures: measured numbers, e.g. ``kl`` (nat a token), ``top1`` (share of positions).
         limits: figure name -> limit it was held against.
         text: one line for people, e.g. a generated answer.
+        layers: of a quantised model, what each layer alone costs the predictions: KL, nat a token, estimated.
     """
 
     gate: str
@@ -35,6 +36,7 @@ class GateResult(Frozen):
     figures: dict[str, float] = {}
     limits: dict[str, float] = {}
     text: str = ""
+    layers: dict[str, float] = {}
 
 
 class StepResult(Frozen):

@@ -290,7 +290,7 @@ def facts(step: StepResult) -> list[tuple[str, str]]:
     return found
 
 
-LAYER_COLUMNS = ("layer", "bits", "block", "weight error", "output error", "seconds", "")
+LAYER_COLUMNS = ("layer", "bits", "block", "weight error", "output error", "KL", "seconds", "")
 
 
 def layers(step: StepResult) -> list[tuple[str, ...]]:
@@ -298,6 +298,7 @@ def layers(step: StepResult) -> list[tuple[str, ...]]:
     rows = step.facts.get("layers")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "weight_error" in row for row in rows):
         return []
+    kl = {name: value for gate in step.gates if gate.passed for name, value in gate.layers.items()}
     return [
         (
             str(row["name"]),
@@ -305,6 +306,7 @@ def layers(step: StepResult) -> list[tuple[str, ...]]:
             "row" if row.get("group_size") == -1 else str(row.get("group_size", "")),
             f"{row['weight_error']:.2%}",
             f"{row['output_error']:.2%}" if "output_error" in row else "",
+            f"{kl[row['name']]:.2g}" if row["name"] in kl else "",
             f"{row['seconds']:.2f}" if "seconds" in row else "",
             str(row.get("fallback", "")),
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from olive.config.gates import ParityGate
 from olive.engine.gates.compare import References, compare, probes, torch_logits
+from olive.engine.gates.layer_kl import by_layer
 from olive.engine.result import GateResult
 from olive.engine.rungs import advice
 from olive.errors import GateFailed, PassFailed
@@ -43,9 +44,11 @@ def check(
     where = str(ctx.facts.get("method", "quantisation"))
     precision = str(ctx.attributes.get("precision", "int4"))
     chosen = probes(prompts, int(read_json(after / "config.json")["vocab_size"]), settings.prompts)
-    expected = (known.take(before.path, chosen) if known else None) or torch_logits(
-        load_model(before.path, dtype="float32"), chosen
-    )
+    expected = known.take(before.path, chosen) if known else None
+    source = load_model(before.path, dtype="float32")
+    expected = expected or torch_logits(source, chosen)
+    layers = by_layer(source, after, chosen, ctx.machine.memory_available)
+    del source
     gc.collect()  # one model after the other
     if not all(bool(logits.isfinite().all()) for logits in expected):
         raise PassFailed(
@@ -79,4 +82,6 @@ def check(
                 limits=limits,
             )
     text = f"{precision}: KL {found.kl:.3g} nat a token, top token agrees at {found.top1:.0%} of positions"
-    return GateResult(gate="parity", passed=True, figures=found.figures, limits=limits, text=text)
+    return GateResult(
+        gate="parity", passed=True, figures=found.figures, limits=limits, text=text, layers=layers
+    )
