@@ -25,8 +25,6 @@ from olive.models.hf import copy_tokenizer, describe
 from olive.models.quantised import METHOD, method_of
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.export import builder_source, integers
-from olive.passes.export.k_quant import k_quant_in_parts
-from olive.passes.export.pages import pages_let_go
 from olive.passes.export.quiet import captured
 from olive.passes.quantize.targets import check_stored
 
@@ -190,19 +188,21 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
         options = builder_options(params, tied(describe(model.path)))
         ctx.progress.start(f"export {params.precision}")
         with ExitStack() as stack:
-            source = model.path
+            source, files = model.path, None
             if quantised or integers.foreign(model.path):
-                scratch = Path(stack.enter_context(TemporaryDirectory(prefix="olive-")))
-                readable = integers.prepared if quantised else integers.expanded
-                source = stack.enter_context(readable(model.path, scratch / "model"))
-            _build(source, ctx.out, params.precision, provider, options)
+                scratch = Path(stack.enter_context(TemporaryDirectory(prefix="olive-"))) / "model"
+                if quantised:
+                    source, files = stack.enter_context(integers.prepared(model.path, scratch))
+                else:
+                    source = stack.enter_context(integers.expanded(model.path, scratch))
+            how = _build(source, ctx.out, params.precision, provider, options, files)
         if quantised:
             integers.finish_head(ctx.out, model.path)
         ctx.progress.finish()
         copy_tokenizer(model.path, ctx.out)
         _finish(ctx.out, params.search)
         ctx.attributes.update(precision=params.precision, execution_provider=ctx.target.execution_provider)
-        ctx.facts.update(precision=params.precision, provider=provider, options=options)
+        ctx.facts.update(precision=params.precision, provider=provider, options=options, **how)
 
 
 def tied(model: ModelInfo) -> bool:
@@ -361,25 +361,43 @@ def _check_blocks(model: ModelInfo, params: ModelBuilder.Params) -> Iterable[Pro
         )
 
 
-def _build(source: Path, out: Path, precision: str, provider: str, options: Mapping[str, str]) -> None:
+def _build(
+    source: Path,
+    out: Path,
+    precision: str,
+    provider: str,
+    options: Mapping[str, str],
+    files: integers.Files | None,
+) -> dict[str, str | None]:
+    """Run the builder with weights of ours; gives what became of them."""
     scratch = out / ".builder"
     # Memory that training left to the collector would add to the peak here.
     release_memory()
     with captured() as said:
         try:
-            from onnxruntime_genai.models.builder import create_model, parse_extra_options
+            from olive.passes.export.deferred import models_deferred
+            from olive.passes.export.streaming import files_replaced, streamed
+
+            with models_deferred():
+                from onnxruntime_genai.models import builder
 
             place = (None, str(source), str(out), precision, provider, str(scratch))
-            with _uninitialised_layers(), k_quant_in_parts(), pages_let_go():
-                prepared = parse_extra_options(*place, [f"{name}={text}" for name, text in options.items()])
-                create_model(*place, **prepared)
+            prepared = builder.parse_extra_options(*place, [f"{name}={text}" for name, text in options.items()])
+            config = prepared["hf_details"]["hf_config"]
+            with ExitStack() as stack:
+                stack.enter_context(_uninitialised_layers())
+                done = stack.enter_context(streamed(builder.Model, source, config))
+                if files is not None:
+                    stack.enter_context(files_replaced(files))
+                builder.create_model(*place, **prepared)
+            done.ensure(builder.Model, quantised=precision in _QUANTISED)
         except ImportError as error:
             raise EnvironmentFault(
                 f"onnxruntime-genai's builder does not load: {error}",
                 where=_WHERE,
                 fix="Compare the versions with the tested set: olive doctor.",
             ) from error
-        except (OSError, MemoryError):
+        except (OSError, MemoryError, PassFailed):
             raise
         except Exception as error:
             raise PassFailed(
@@ -389,6 +407,7 @@ def _build(source: Path, out: Path, precision: str, provider: str, options: Mapp
             ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    return done.facts
 
 
 @contextmanager
