@@ -228,7 +228,7 @@ def _replace(
     for place, value in enumerate(inputs):
         node.replace_input_with(place, value)
     node.attributes.clear()
-    for key, number in attributes.items():
+    for key, number in sorted(attributes.items()):
         node.attributes.add(ir.AttrInt64(key, number))
 
 
