@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -379,7 +380,7 @@ def _build(
             from olive.passes.export.streaming import files_replaced, streamed
 
             with models_deferred():
-                from onnxruntime_genai.models import builder
+                builder = import_module("onnxruntime_genai.models.builder")
 
             place = (None, str(source), str(out), precision, provider, str(scratch))
             prepared = builder.parse_extra_options(*place, [f"{name}={text}" for name, text in options.items()])

@@ -51,8 +51,8 @@ def unfit(model: Any) -> str | None:
             return f"{node.name} multiplies {tensor.dtype} of {len(tensor.shape)} dimensions"
         if tensor.dtype == ir.DataType.BFLOAT16 and (method != "default" or node.op_type == "Gather"):
             return "bfloat16"
-        if node.op_type == "Gather" and tensor.shape[1] % 2:
-            return f"{node.name} looks up rows of an odd length"
+        if method == "default" and tensor.shape[node.op_type == "Gather"] % 2:
+            return f"{node.name} has an odd number of inputs"
     return None
 
 

@@ -77,6 +77,8 @@ class Rounding:
         scales = torch.empty(shapes[1], dtype=self.dtype)
         zeros = torch.empty(shapes[2], dtype=torch.uint8) if self.zeros else None
 
+        spare = shapes[2][1] * 8 // self.bits - shapes[1][1]  # zero points that only fill the last byte
+
         def one(place: tuple[int, torch.Tensor]) -> None:
             first, piece = place
             last = first + len(piece)
@@ -84,6 +86,7 @@ class Rounding:
             weight[first:last] = pack(codes, self.bits).view(last - first, *shapes[0][1:])
             scales[first:last] = step
             if zeros is not None and points is not None:
+                points = torch.nn.functional.pad(points, (0, spare), value=8)
                 zeros[first:last] = pack(points, self.bits)
 
         each = max(1, _WEIGHTS // columns) * columns
@@ -116,7 +119,9 @@ class Rounding:
         scales, zeros = fit(wide, grid)
         # onnxruntime rounds by the scale that float16 leaves, but a bfloat16 only after it has rounded
         used = scales.to(self.dtype).float() if self.dtype == torch.float16 else scales
-        return encode(wide, grid, used, zeros), scales.to(self.dtype), zeros
+        codes = encode(wide, grid, used, zeros)
+        codes[:, piece.shape[1] :] = 0
+        return codes, scales.to(self.dtype), zeros
 
 
 def _placed(rows: Rows, size: int) -> Iterator[tuple[int, torch.Tensor]]:
