@@ -8,6 +8,8 @@ checkpoints that Olive 0.9 and later write hold these same bytes.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 
@@ -29,6 +31,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     short = -codes.shape[-1] % each
     if short:
         codes = torch.nn.functional.pad(codes, (0, short))
+    if bits == 4 and sys.byteorder == "little":
+        pairs = codes.contiguous().view(torch.int16)
+        return (pairs | (pairs >> 4)).to(torch.uint8)
     parts = codes.reshape(*codes.shape[:-1], -1, each)
     packed = parts[..., 0].clone()
     for place in range(1, each):

@@ -383,15 +383,16 @@ def _build(
                 builder = import_module("onnxruntime_genai.models.builder")
 
             place = (None, str(source), str(out), precision, provider, str(scratch))
-            prepared = builder.parse_extra_options(*place, [f"{name}={text}" for name, text in options.items()])
-            config = prepared["hf_details"]["hf_config"]
             with ExitStack() as stack:
                 stack.enter_context(_uninitialised_layers())
-                done = stack.enter_context(streamed(builder.Model, source, config))
+                done = stack.enter_context(streamed(builder, source))
                 if files is not None:
                     stack.enter_context(files_replaced(files))
+                given = [f"{name}={text}" for name, text in options.items()]
+                prepared = builder.parse_extra_options(*place, given)
+                done.config = prepared["hf_details"]["hf_config"]
                 builder.create_model(*place, **prepared)
-            done.ensure(builder.Model, quantised=precision in _QUANTISED)
+            done.ensure(builder, quantised=precision in _QUANTISED)
         except ImportError as error:
             raise EnvironmentFault(
                 f"onnxruntime-genai's builder does not load: {error}",

@@ -176,8 +176,10 @@ def _matmul(model: Any, node: ir.Node, tensor: ir.TensorProtocol, how: Rounding,
 
 def _gather(model: Any, node: ir.Node, tensor: ir.TensorProtocol, release: Release) -> None:
     """An embedding of its own, whose codes of 4 bits are stored as such."""
-    rows = tensor.rows if isinstance(tensor, Weight) and not tensor.transposed else Rows(
-        [torch.from_numpy(tensor.numpy())]
+    rows = (
+        tensor.rows
+        if isinstance(tensor, Weight) and not tensor.transposed
+        else Rows([torch.from_numpy(tensor.numpy())])
     )
     block, symmetric = model.quant_attrs["matmul_block_size"], model.quant_attrs["is_symmetric"]
     count, columns = rows.shape
@@ -221,7 +223,12 @@ def _rows_in_4_bits(
 
 
 def _replace(
-    model: Any, node: ir.Node, kind: str, name: str, inputs: list[ir.Value | None], attributes: Mapping[str, int]
+    model: Any,
+    node: ir.Node,
+    kind: str,
+    name: str,
+    inputs: list[ir.Value | None],
+    attributes: Mapping[str, int],
 ) -> None:
     node.op_type, node.domain, node.name = kind, "com.microsoft", name
     node.resize_inputs(len(inputs))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-_PAGEOUT = 21  # MADV_PAGEOUT, Linux 5.4: clean pages of a file are dropped, changed ones stay
+# MADV_PAGEOUT, Linux 5.4, keeps changed pages, and pages that another process maps too
+_PAGEOUT, _DONTNEED = 21, 4
 _MAPS = Path("/proc/self/maps")
 
 
@@ -32,10 +33,11 @@ def mapped(*endings: str) -> list[tuple[int, int]]:
     return found
 
 
-def let_go(tensor: torch.Tensor, files: list[tuple[int, int]]) -> int:
+def let_go(tensor: torch.Tensor, files: list[tuple[int, int]], *, unchanged: bool = False) -> int:
     """Drop the whole pages of ``tensor`` that lie in one of the mapped ``files``; returns their bytes.
 
-    The content stays: it is read from the file again when it is looked at.
+    The content stays: it is read from the file again when it is looked at. With ``unchanged`` the caller says
+    that nothing has written to the mapping; pages then go even where other processes read the same file.
     """
     start = tensor.data_ptr()
     place = bisect_right(files, (start, 1 << 64)) - 1
@@ -45,7 +47,8 @@ def let_go(tensor: torch.Tensor, files: list[tuple[int, int]]) -> int:
     size = (start + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if size <= 0:
         return 0
-    return size if _madvise()(ctypes.c_void_p(first), ctypes.c_size_t(size), _PAGEOUT) == 0 else 0
+    advice = _DONTNEED if unchanged else _PAGEOUT
+    return size if _madvise()(ctypes.c_void_p(first), ctypes.c_size_t(size), advice) == 0 else 0
 
 
 @cache

@@ -135,7 +135,7 @@ def _rtn(weight: torch.Tensor, how: Rounding) -> _Codes:
     """As onnxruntime's numpy code: float64 from the scale on, blocks that do not reach 0 keep their range."""
     top = 2**how.bits - 1
     blocks = weight.view(len(weight), -1, how.block)
-    low, high = blocks.aminmax(dim=-1)
+    low, high = blocks.amin(-1), blocks.amax(-1)
     if how.symmetric:
         reach = torch.maximum(low.abs(), high.abs())
         scales = torch.where(reach > 0, (reach * 2.0).double() / top, 1.0)

@@ -8,6 +8,7 @@ over goes the builder's own way, and ``Streamed.facts`` says so.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 _WHERE = "ModelBuilder"
+_TREE, _INTEGERS = "mapped", "mapped integers"
 _ALIGNED = 4096  # bytes: pages of a mapped file
 
 
@@ -34,6 +36,7 @@ class Streamed:
         weights: who loaded the weights.
         quantiser: who rounded them; None where nothing was to be rounded.
         model: the builder's class that made the graph; None while none has.
+        config: the model's transformers config; to be set once the builder has loaded it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,6 +44,7 @@ class Streamed:
         self.weights: str | None = None
         self.quantiser: str | None = None
         self.model: type | None = None
+        self.config: Any = None
         self._files: list[tuple[int, int]] | None = None
 
     @property
@@ -53,20 +57,23 @@ class Streamed:
         if self._files is None:
             self._files = mapped(*self._endings)
         if self._files:
-            let_go(tensor, self._files)
+            let_go(tensor, self._files, unchanged=self.weights in (_TREE, _INTEGERS))
 
     def forget_files(self) -> None:
         """Look for mapped files again, at the next release."""
         self._files = None
 
-    def ensure(self, base: type, *, quantised: bool) -> None:
+    def ensure(self, builder: Any, *, quantised: bool) -> None:
         """Refuse an export in which nothing of ours was reached.
 
         Raises:
             PassFailed: the installed builder is not made as the tested one.
         """
-        reached = self.model is not None
-        for method, found in (("load_weights", self.weights), ("to_nbits", self.quantiser if quantised else "")):
+        reached, base = self.model is not None, builder.Model
+        for method, found in (
+            ("load_weights", self.weights),
+            ("to_nbits", self.quantiser if quantised else ""),
+        ):
             if self.model is not None and getattr(self.model, method, None) is getattr(base, method, None):
                 reached = reached and found is not None
         if not reached:
@@ -78,19 +85,20 @@ class Streamed:
 
 
 @contextmanager
-def streamed(base: Any, folder: Path, config: Any) -> Iterator[Streamed]:
+def streamed(builder: Any, folder: Path) -> Iterator[Streamed]:
     """Give the builder our ways with weights.
 
     Args:
-        base: the class that all of the builder's models are made from, in the module that is really used.
+        builder: its main module. It imports the class that all models are made from from a module of its own,
+            so that there may be two of them; the one that is replaced in is the one that is used.
         folder: the model.
-        config: its transformers config, as the builder loaded it.
     """
     import onnx_ir
 
     from olive.passes.export import nbits
     from olive.passes.export.weights import Rows, weight
 
+    base = builder.Model
     done = Streamed(folder)
     plain = SimpleNamespace(
         initializer=base.make_initializer,
@@ -122,7 +130,10 @@ def streamed(base: Any, folder: Path, config: Any) -> Iterator[Streamed]:
         if len(kinds) > 1 or any(part.qzeros is None for part in parts):
             return plain.integers(self, *parts)
         return SimpleNamespace(
-            **{kind: Rows([getattr(part, kind) for part in parts]) for kind in ("qweight", "scales", "qzeros")},
+            **{
+                kind: Rows([getattr(part, kind) for part in parts])
+                for kind in ("qweight", "scales", "qzeros")
+            },
             g_idx=q_matmul.g_idx,
             in_features=q_matmul.in_features,
             out_features=sum(part.out_features for part in parts),
@@ -131,7 +142,7 @@ def streamed(base: Any, folder: Path, config: Any) -> Iterator[Streamed]:
         )
 
     def load_weights(self: Any, input_path: str) -> Any:
-        made, done.weights = _tree(self, folder, config)
+        made, done.weights = _tree(self, folder, done.config)
         if made is None:
             made = plain.load(self, input_path)
         done.forget_files()
@@ -154,6 +165,9 @@ def streamed(base: Any, folder: Path, config: Any) -> Iterator[Streamed]:
             "to_nbits": to_nbits,
         }
         stack.enter_context(replaced(base, **ours))
+        tokenizers = SimpleNamespace(from_pretrained=_kept(sys.modules[base.__module__].AutoTokenizer))
+        for module in (sys.modules[base.__module__], builder):
+            stack.enter_context(replaced(module, AutoTokenizer=tokenizers))
         stack.enter_context(replaced(onnx_ir, save=partial(onnx_ir.save, alignment=_ALIGNED)))
         yield done
 
@@ -164,12 +178,24 @@ def _tree(model: Any, folder: Path, config: Any) -> tuple[Any, str]:
     from olive.passes.export import tree
 
     if model.quant_type is not None:
-        return None, "integers, mapped"
+        return None, _INTEGERS
     tensors = LazyTensors(folder)
     if (reason := tree.unfit(tensors, config, model.num_layers)) is not None:
         return None, f"transformers', for {reason}"
     with tensors:
-        return tree.build(tensors, model.num_layers), "mapped"
+        return tree.build(tensors, model.num_layers), _TREE
+
+
+def _kept(plain: Any) -> Callable[..., Any]:
+    """A tokenizer, read once; the builder asks for it again at each step."""
+    found: dict[str, Any] = {}
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        if name not in found:
+            found[name] = plain.from_pretrained(name, **options)
+        return found[name]
+
+    return from_pretrained
 
 
 @contextmanager

@@ -132,12 +132,10 @@ def _module(name: str, values: Mapping[str, torch.Tensor]) -> nn.Module:
     module = nn.Module()
     if weight.dim() == 2:
         rows, columns = weight.shape
-        embedding = name == "embed_tokens"
-        module = (
-            nn.Embedding(rows, columns, device="meta")
-            if embedding
-            else nn.Linear(columns, rows, bias="bias" in values, device="meta")
-        )
+        if name == "embed_tokens":  # given a weight, it makes none: torch's random start on meta is an import
+            module = nn.Embedding(rows, columns, _weight=weight, _freeze=True)
+        else:
+            module = nn.Linear(columns, rows, bias="bias" in values, device="meta")
     for kind in ("weight", "bias"):
         value = values.get(kind)
         module.register_parameter(kind, None if value is None else nn.Parameter(value, requires_grad=False))

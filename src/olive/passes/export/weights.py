@@ -119,7 +119,9 @@ def memory(tensor: torch.Tensor) -> Any:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def weight(value: torch.Tensor | Rows | Columns, name: str, to: ir.DataType | None, release: Release) -> Weight:
+def weight(
+    value: torch.Tensor | Rows | Columns, name: str, to: ir.DataType | None, release: Release
+) -> Weight:
     """What the graph holds for ``value`` in the dtype ``to``, or its own."""
     dtype = from_torch_dtype(value.dtype) if to is None else to
     if isinstance(value, Columns):
