@@ -7,7 +7,7 @@ turns the whole model into one protobuf. Imported only where torch and onnx-ir a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -20,39 +20,61 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _GATHERED = 1 << 22  # weights of an embedding that are rounded at once
 
 
+class Target(NamedTuple):
+    """An operator to quantise.
+
+    Attributes:
+        node: MatMul or Gather.
+        weight: its constant input.
+        name: of that input.
+        tensor: its content.
+        shape: (inputs, outputs) of a MatMul, (rows, columns) of a Gather.
+    """
+
+    node: ir.Node
+    weight: ir.Value
+    name: str
+    tensor: ir.TensorProtocol
+    shape: tuple[int, ...]
+
+
 def unfit(model: Any) -> str | None:
     """Why this graph is left to the builder's quantiser; None where it is not.
 
     Args:
         model: the builder's model, its graph complete.
     """
-    attributes = model.quant_attrs
-    method = model.quantization_algo
-    if attributes["use_qdq"]:
-        return "use_qdq"
-    if model.exact_quant_overrides:
-        return "overrides by node name"
-    if model.ep == "cuda" and model.matmul_attrs["weights_prepacked"] > 0 and attributes["is_symmetric"]:
-        return "weights packed for CUDA's kernels"
-    if method not in ("default", "rtn", "k_quant"):
-        return f"algo_config {method}"
-    if attributes["matmul_block_size"] < 16:
-        return f"blocks of {attributes['matmul_block_size']}"
-    bits = _bits(model)
-    if not {attributes["bits"], *bits.values()} <= {4, 8}:
-        return "bits other than 4 and 8"
-    if method == "default" and len(set(bits.values())) > 1:
-        return "several groups of layers with bits of their own"
-    inner = {node.op_type for node in model.model.graph.all_nodes()} & {"If", "Loop", "Scan"}
-    if inner and method == "default" and any(_constant(node) for node in _inner(model.model.graph)):
+    return _options_unfit(model) or _weights_unfit(model)
+
+
+def _options_unfit(model: Any) -> str | None:
+    attributes, method, bits = model.quant_attrs, model.quantization_algo, _bits(model)
+    packed = model.ep == "cuda" and model.matmul_attrs["weights_prepacked"] > 0
+    reasons = {
+        "use_qdq": attributes["use_qdq"],
+        "overrides by node name": model.exact_quant_overrides,
+        "weights packed for CUDA's kernels": packed and attributes["is_symmetric"],
+        f"algo_config {method}": method not in ("default", "rtn", "k_quant"),
+        "blocks of less than 16": attributes["matmul_block_size"] < 16,
+        "bits other than 4 and 8": not {attributes["bits"], *bits.values()} <= {4, 8},
+        # the builder's quantiser gives all of them the bits of the first
+        "groups of layers of different bits": method == "default" and len(set(bits.values())) > 1,
+    }
+    return next((reason for reason, found in reasons.items() if found), None)
+
+
+def _weights_unfit(model: Any) -> str | None:
+    method, graph = model.quantization_algo, model.model.graph
+    own = set(graph)
+    if method == "default" and any(_constant(node) for node in graph.all_nodes() if node not in own):
         return "weights in a graph inside the graph"
-    for node, tensor in _targets(model):
-        if len(tensor.shape) != 2 or tensor.dtype not in _FLOATS:
-            return f"{node.name} multiplies {tensor.dtype} of {len(tensor.shape)} dimensions"
+    for node, _, name, tensor, shape in _targets(model):
+        if len(shape) != 2 or tensor.dtype not in _FLOATS:
+            return f"{name}, {tensor.dtype} of {len(shape)} dimensions"
         if tensor.dtype == ir.DataType.BFLOAT16 and (method != "default" or node.op_type == "Gather"):
             return "bfloat16"
-        if method == "default" and tensor.shape[node.op_type == "Gather"] % 2:
-            return f"{node.name} has an odd number of inputs"
+        if method == "default" and shape[node.op_type == "Gather"] % 2:
+            return f"{name} with an odd number of inputs"
     return None
 
 
@@ -65,19 +87,19 @@ def quantise(model: Any, release: Release) -> None:
     """
     bits = _bits(model)
     attributes = model.quant_attrs
-    for node, tensor in list(_targets(model)):
-        if node.op_type == "Gather":
+    for target in list(_targets(model)):
+        if target.node.op_type == "Gather":
             if attributes["bits"] == 4:
-                _gather(model, node, tensor, release)
+                _gather(model, target, release)
             continue
         how = Rounding(
             model.quantization_algo,
-            bits.get(node.name, attributes["bits"]),
+            bits.get(str(target.node.name), attributes["bits"]),
             attributes["matmul_block_size"],
             attributes["is_symmetric"],
-            to_torch_dtype(tensor.dtype),
+            to_torch_dtype(target.tensor.dtype),
         )
-        _matmul(model, node, tensor, how, release)
+        _matmul(model, target, how, release)
     if model.quantization_algo == "default":
         for name, value in list(model.model.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
@@ -88,31 +110,28 @@ def _bits(model: Any) -> dict[str, int]:
     return {name: config["bits"] for name, config in model.int4_customized_weight_config.items()}
 
 
-def _inner(graph: ir.Graph) -> Iterator[ir.Node]:
-    own = set(graph)
-    yield from (node for node in graph.all_nodes() if node not in own)
-
-
-def _constant(node: ir.Node) -> ir.TensorProtocol | None:
+def _constant(node: ir.Node) -> ir.Value | None:
     """The weight of a node that may be quantised, where it is an initializer."""
     place = {"MatMul": 1, "Gather": 0}.get(node.op_type)
     if place is None or node.domain not in ("", "ai.onnx") or len(node.inputs) <= place:
         return None
     value = node.inputs[place]
-    return value.const_value if value is not None and value.is_initializer() else None
+    return value if value is not None and value.is_initializer() else None
 
 
-def _targets(model: Any) -> Iterator[tuple[ir.Node, ir.TensorProtocol]]:
-    """Nodes to quantise and their weights; ``rtn`` and ``k_quant`` know MatMul alone, whatever is asked."""
+def _targets(model: Any) -> Iterator[Target]:
+    """``rtn`` and ``k_quant`` know MatMul alone, whatever is asked."""
+    default = model.quantization_algo == "default"
     excluded = set(model.quant_attrs["nodes_to_exclude"])
-    named = model.int4_customized_weight_config if model.quantization_algo == "default" else {}
-    kinds = model.quant_attrs["op_types_to_quantize"] if model.quantization_algo == "default" else ("MatMul",)
+    named = model.int4_customized_weight_config if default else {}
+    kinds = model.quant_attrs["op_types_to_quantize"] if default else ("MatMul",)
     for node in model.model.graph:
-        tensor = _constant(node)
-        if tensor is None or node.name in excluded:
+        value = _constant(node)
+        if value is None or value.const_value is None or node.name in excluded:
             continue
         if node.op_type in kinds or node.name in named:
-            yield node, tensor
+            shape = tuple(value.const_value.shape.numpy())
+            yield Target(node, value, str(value.name), value.const_value, shape)
 
 
 class _Matrix:
@@ -146,20 +165,19 @@ def _initializer(model: Any, tensor: ir.LazyTensor) -> ir.Value:
     return value
 
 
-def _matmul(model: Any, node: ir.Node, tensor: ir.TensorProtocol, how: Rounding, release: Release) -> None:
+def _matmul(model: Any, target: Target, how: Rounding, release: Release) -> None:
+    node, _, old, tensor, (columns, count) = target
     rows = rows_of(tensor)
-    count, columns = rows.shape
 
     def made() -> dict[str, torch.Tensor]:
         packed: Packed = how.matrix(rows, release)
         return {name: value for name, value in packed._asdict().items() if value is not None}
 
-    old = node.inputs[1]
     matrix, shapes = _Matrix(made), how.shapes(count, columns)
     names = (
-        (f"{old.name}_Q{how.bits}", f"{old.name}_scales", f"{old.name}_zero_points")
+        (f"{old}_Q{how.bits}", f"{old}_scales", f"{old}_zero_points")
         if how.method == "default"
-        else (f"{old.name}_Q{how.bits}G{how.block}", f"{old.name}_scale", f"{old.name}_zp")
+        else (f"{old}_Q{how.bits}G{how.block}", f"{old}_scale", f"{old}_zp")
     )
     dtypes = ir.DataType.UINT8, tensor.dtype, ir.DataType.UINT8
     parts = [
@@ -171,19 +189,19 @@ def _matmul(model: Any, node: ir.Node, tensor: ir.TensorProtocol, how: Rounding,
     if level := model.quant_attrs["accuracy_level"]:
         attributes["accuracy_level"] = level
     _replace(model, node, "MatMulNBits", f"{node.name}_Q{how.bits}", [node.inputs[0], *parts], attributes)
-    _forget(model, old)
+    _forget(model, target.weight)
 
 
-def _gather(model: Any, node: ir.Node, tensor: ir.TensorProtocol, release: Release) -> None:
+def _gather(model: Any, target: Target, release: Release) -> None:
     """An embedding of its own, whose codes of 4 bits are stored as such."""
+    node, _, old, tensor, (count, columns) = target
     rows = (
         tensor.rows
         if isinstance(tensor, Weight) and not tensor.transposed
         else Rows([torch.from_numpy(tensor.numpy())])
     )
     block, symmetric = model.quant_attrs["matmul_block_size"], model.quant_attrs["is_symmetric"]
-    count, columns = rows.shape
-    old, blocks = node.inputs[0], -(-columns // block)
+    blocks = -(-columns // block)
     cast = to_torch_dtype(tensor.dtype)
 
     def made() -> dict[str, torch.Tensor]:
@@ -192,17 +210,17 @@ def _gather(model: Any, node: ir.Node, tensor: ir.TensorProtocol, release: Relea
     matrix = _Matrix(made)
     kind = ir.DataType.INT4 if symmetric else ir.DataType.UINT4
     parts = [
-        _initializer(model, _lazy(matrix, "weight", kind, (count, columns), f"{old.name}_Q4")),
-        _initializer(model, _lazy(matrix, "scales", tensor.dtype, (count, blocks), f"{old.name}_scales")),
+        _initializer(model, _lazy(matrix, "weight", kind, (count, columns), f"{old}_Q4")),
+        _initializer(model, _lazy(matrix, "scales", tensor.dtype, (count, blocks), f"{old}_scales")),
     ]
     if not symmetric:
-        name = f"{old.name}_zero_points"
+        name = f"{old}_zero_points"
         parts.append(_initializer(model, _lazy(matrix, "zeros", kind, (count, blocks), name)))
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
     attributes = {"gather_axis": axis, "quantize_axis": 1, "block_size": block}
     inputs = [parts[0], node.inputs[1], *parts[1:]]
     _replace(model, node, "GatherBlockQuantized", f"{node.name}_Q4", inputs, attributes)
-    _forget(model, old)
+    _forget(model, target.weight)
 
 
 def _rows_in_4_bits(
@@ -239,7 +257,7 @@ def _replace(
         node.attributes.add(ir.AttrInt64(key, number))
 
 
-def _forget(model: Any, old: ir.Value | None) -> None:
+def _forget(model: Any, old: ir.Value) -> None:
     """Leave out a weight that no node reads any more."""
-    if old is not None and old.name is not None and not old.uses():
-        del model.model.graph.initializers[old.name]
+    if not old.uses():
+        del model.model.graph.initializers[str(old.name)]

@@ -93,7 +93,7 @@ class Rounding:
         with one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
             placed = _placed(rows, each)
             while some := list(islice(placed, max(1, _KEPT // each))):
-                list(pool.map(one, some)) if threads > 1 else [one(place) for place in some]
+                list(pool.map(one, some))
                 for _, piece in some:
                     release(piece)
         for part in rows.parts:

@@ -1,4 +1,4 @@
-"""A decoder as the builder walks over it, made of mapped weights: no model class, no import of modelling code.
+"""A decoder as the builder walks over it, made of mapped weights, without importing modelling code.
 
 The builder reads modules by their class and attributes, not by what they compute. For architectures whose
 checkpoints name every weight as their modules do, such a tree takes milliseconds where importing and making
@@ -61,9 +61,10 @@ def unfit(tensors: LazyTensors, config: Any, layers: int) -> str | None:
         rows = wanted.get(f"{name.removesuffix('bias')}weight", (0,))[0]
         if found[name] != (rows,):
             return f"{name} of shape {found[name]}"
-    if different := {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}:
-        if left := different - biases:
-            return f"{min(left)} of shape {found.get(min(left))}, not {wanted.get(min(left))}"
+    names = (found.keys() | wanted.keys()) - biases
+    if different := [name for name in names if found.get(name) != wanted.get(name)]:
+        name = min(different)
+        return f"{name} of shape {found.get(name)}, not {wanted.get(name)}"
     return None
 
 
@@ -109,7 +110,8 @@ def build(tensors: LazyTensors, layers: int) -> nn.Module:
             by_layer[int(number)].setdefault(module, {})[kind] = tensors[name]
     body.layers = nn.ModuleList(_layer(modules) for modules in by_layer)
     body.norm = _module("norm", {"weight": tensors[_NORM]})
-    root.lm_head = _module("lm_head", {"weight": tensors[_HEAD] if _HEAD in tensors else embedding})
+    head = tensors[_HEAD] if _HEAD in tensors else embedding  # noqa: SIM401 - they are no mapping
+    root.lm_head = _module("lm_head", {"weight": head})
     return root
 
 

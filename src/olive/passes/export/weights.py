@@ -35,7 +35,7 @@ class Rows:
             self.shape = torch.Size((sum(len(part) for part in self.parts), *first.shape[1:]))
 
     @property
-    def T(self) -> Columns:
+    def T(self) -> Columns:  # noqa: N802 - the builder asks a weight for it by this name
         """The transpose, not copied either."""
         return Columns(self)
 
