@@ -160,7 +160,9 @@ def make(shape: str, layers: int | None, folder: Path) -> Path:
             count = size[0] * size[1]
             return numbers.repeat(-(-count // len(numbers)))[:count].view(size)
 
-        write(folder / f"part-{number:03}.safetensors", {name: ("BF16", s) for name, s in sizes.items()}, load)
+        write(
+            folder / f"part-{number:03}.safetensors", {name: ("BF16", s) for name, s in sizes.items()}, load
+        )
     names = {name: f"part-{number:03}.safetensors" for number, sizes in enumerate(files) for name in sizes}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return folder
@@ -258,7 +260,10 @@ def main() -> None:
     params = {"precision": "int4"} | asked.params
     theirs = params if asked.builder_params is None else {"precision": "int4"} | asked.builder_params
     turns = [who for who in ("ours", "builder") if asked.only in (None, who)]
-    with tempfile.TemporaryDirectory(prefix="olive-export-") as scratch, source(asked, Path(scratch)) as model:
+    with (
+        tempfile.TemporaryDirectory(prefix="olive-export-") as scratch,
+        source(asked, Path(scratch)) as model,
+    ):
         folder = Path(scratch)
         copied, read, written = bandwidths(folder)
         used: dict[str, list[Used]] = {who: [] for who in turns}
@@ -274,7 +279,8 @@ def main() -> None:
         walls = {}
         for who in turns:
             wall, cpu, peak = (
-                statistics.median(getattr(one, field) for one in used[who]) for field in ("wall", "cpu", "peak")
+                statistics.median(getattr(one, field) for one in used[who])
+                for field in ("wall", "cpu", "peak")
             )
             walls[who] = wall, cpu
             print(f"{who:8} {wall:7.1f} s wall {cpu:7.1f} s CPU {peak / 1e9:6.2f} GB peak")
