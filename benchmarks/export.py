@@ -4,10 +4,10 @@
     python benchmarks/export.py --shape phi3-3.8b --layers 6
     python benchmarks/export.py --shape phi3-3.8b --only ours
 
-Default: the example's base (135M, float32; OLIVE_BASE names another folder) to the builder's default int4. Each
-export is a process from its start to its end, the two in turn; figures are the medians. A `--shape` is a
-folder of random bfloat16 weights, made in a temporary folder. The limit is what the bytes of the model and
-of the bundle take at the speed this machine reads them from the page cache and writes them to a file.
+Default: the example's base (135M, float32; OLIVE_BASE names another folder) to the builder's default int4.
+Each export is a process from its start to its end, the two in turn; figures are the medians. A `--shape` is a
+folder of random bfloat16 weights, made in a temporary folder. The limit is what the bytes of model and
+bundle take at the speed this machine reads them from the page cache and writes them to a file.
 `--generate` also decodes 128 tokens greedily with either bundle, and says which share of the memory's
 bandwidth their weights were read at. `--builder-params` gives the builder other options than ours.
 """
@@ -109,22 +109,34 @@ def command(who: str, source: Path, out: Path, params: dict[str, Any]) -> list[s
     ]  # fmt: skip
 
 
+# A peak counts what the process shared with its parent before its own program began: a small one between.
+_BETWEEN = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.run(sys.argv[2:]).returncode
+wall = time.perf_counter() - start
+import resource
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as file:
+    json.dump([wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024], file)
+sys.exit(code)
+"""
+
+
 def measured(line: list[str]) -> Used:
     """Run a process to its end.
 
     Raises:
         SystemExit: it failed.
     """
-    with tempfile.TemporaryFile() as said:
-        start = time.perf_counter()
-        process = subprocess.Popen(line, stdout=said, stderr=said)
-        _, status, used = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            raise SystemExit(said.read().decode(errors="replace")[-3000:])
-    return Used(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "used.json")
+        done = subprocess.run(
+            [sys.executable, "-c", _BETWEEN, str(path), *line], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit((done.stdout + done.stderr)[-3000:])
+        return Used(*json.loads(path.read_text()))
 
 
 def make(shape: str, layers: int | None, folder: Path) -> Path:
@@ -214,7 +226,7 @@ def generate(bundle: Path) -> float:
 
 
 def read_a_token(bundle: Path) -> int:
-    """Bytes of weights that decoding a token reads: all but embeddings of their own, of which it reads a row."""
+    """Bytes of weights that decoding a token reads; of an embedding of its own that is a row, left out."""
     import onnx
 
     graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph

@@ -348,5 +348,5 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     said = subprocess.run(line, check=True, capture_output=True, text=True, env=os.environ).stdout
     grown, imported = said.splitlines()[-2:]
     assert size > 250e6
-    assert int(grown) < 1
+    assert int(grown) < 60e6
     assert imported == "[]"

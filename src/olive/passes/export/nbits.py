@@ -7,6 +7,7 @@ turns the whole model into one protobuf. Imported only where torch and onnx-ir a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from olive.passes.export.rounding import Packed, Rounding
 from olive.passes.export.weights import Release, Rows, Weight, rows_of
 
+_Make = Callable[[], "dict[str, torch.Tensor]"]
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _GATHERED = 1 << 22  # weights of an embedding that are rounded at once
 
@@ -78,19 +80,20 @@ def _weights_unfit(model: Any) -> str | None:
     return None
 
 
-def quantise(model: Any, release: Release) -> None:
+def quantise(model: Any, release: Release, ahead: Ahead) -> None:
     """Replace the operators that the builder would have quantised; nothing is read yet.
 
     Args:
         model: the builder's model, which ``unfit`` found nothing against.
         release: lets go of the pages of a tensor that has been read.
+        ahead: where matrices are rounded.
     """
     bits = _bits(model)
     attributes = model.quant_attrs
     for target in list(_targets(model)):
         if target.node.op_type == "Gather":
             if attributes["bits"] == 4:
-                _gather(model, target, release)
+                _gather(model, target, release, ahead)
             continue
         how = Rounding(
             model.quantization_algo,
@@ -99,7 +102,7 @@ def quantise(model: Any, release: Release) -> None:
             attributes["is_symmetric"],
             to_torch_dtype(target.tensor.dtype),
         )
-        _matmul(model, target, how, release)
+        _matmul(model, target, how, release, ahead)
     if model.quantization_algo == "default":
         for name, value in list(model.model.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
@@ -134,17 +137,43 @@ def _targets(model: Any) -> Iterator[Target]:
             yield Target(node, value, str(value.name), value.const_value, shape)
 
 
+class Ahead:
+    """Rounds a matrix while the one before it is written.
+
+    Args:
+        pool: of one thread; rounding itself takes as many as there are.
+    """
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool = pool
+        self._makes: list[_Make] = []
+        self._begun: dict[int, Future[dict[str, torch.Tensor]]] = {}
+
+    def add(self, make: _Make) -> int:
+        """Another matrix, in the order of writing."""
+        self._makes.append(make)
+        return len(self._makes) - 1
+
+    def get(self, number: int) -> dict[str, torch.Tensor]:
+        """The tensors of a matrix; the next one is begun."""
+        begun = self._begun.pop(number, None)
+        made = self._makes[number]() if begun is None else begun.result()
+        if number + 1 < len(self._makes) and number + 1 not in self._begun:
+            self._begun[number + 1] = self._pool.submit(self._makes[number + 1])
+        return made
+
+
 class _Matrix:
     """One matrix, rounded once for its three tensors, which are written one after the other."""
 
-    def __init__(self, make: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        self._make = make
+    def __init__(self, ahead: Ahead, make: _Make) -> None:
+        self._ahead, self._number = ahead, ahead.add(make)
         self._made: dict[str, torch.Tensor] = {}
 
     def take(self, part: str) -> torch.Tensor:
         """One of the tensors; kept until it is taken."""
         if part not in self._made:
-            self._made = dict(self._make())
+            self._made = self._ahead.get(self._number)
         return self._made.pop(part)
 
 
@@ -165,7 +194,7 @@ def _initializer(model: Any, tensor: ir.LazyTensor) -> ir.Value:
     return value
 
 
-def _matmul(model: Any, target: Target, how: Rounding, release: Release) -> None:
+def _matmul(model: Any, target: Target, how: Rounding, release: Release, ahead: Ahead) -> None:
     node, _, old, tensor, (columns, count) = target
     rows = rows_of(tensor)
 
@@ -173,7 +202,7 @@ def _matmul(model: Any, target: Target, how: Rounding, release: Release) -> None
         packed: Packed = how.matrix(rows, release)
         return {name: value for name, value in packed._asdict().items() if value is not None}
 
-    matrix, shapes = _Matrix(made), how.shapes(count, columns)
+    matrix, shapes = _Matrix(ahead, made), how.shapes(count, columns)
     names = (
         (f"{old}_Q{how.bits}", f"{old}_scales", f"{old}_zero_points")
         if how.method == "default"
@@ -192,7 +221,7 @@ def _matmul(model: Any, target: Target, how: Rounding, release: Release) -> None
     _forget(model, target.weight)
 
 
-def _gather(model: Any, target: Target, release: Release) -> None:
+def _gather(model: Any, target: Target, release: Release, ahead: Ahead) -> None:
     """An embedding of its own, whose codes of 4 bits are stored as such."""
     node, _, old, tensor, (count, columns) = target
     rows = (
@@ -207,7 +236,7 @@ def _gather(model: Any, target: Target, release: Release) -> None:
     def made() -> dict[str, torch.Tensor]:
         return _rows_in_4_bits(rows, block, cast, release, symmetric=symmetric)
 
-    matrix = _Matrix(made)
+    matrix = _Matrix(ahead, made)
     kind = ir.DataType.INT4 if symmetric else ir.DataType.UINT4
     parts = [
         _initializer(model, _lazy(matrix, "weight", kind, (count, columns), f"{old}_Q4")),

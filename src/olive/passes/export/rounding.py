@@ -22,7 +22,7 @@ from olive.quantization.threads import one_thread_an_operation
 
 Method = Literal["default", "rtn", "k_quant"]
 _WEIGHTS = 1 << 17  # of a piece: its buffers stay in one core's caches
-_KEPT = 1 << 25  # weights after which mapped pages are let go
+_KEPT = 1 << 23  # weights after which mapped pages are let go
 _Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 

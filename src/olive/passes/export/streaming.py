@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -152,11 +153,11 @@ def streamed(builder: Any, folder: Path) -> Iterator[Streamed]:
         if (reason := nbits.unfit(self)) is not None:
             done.quantiser = f"the builder's, for {reason}"
             return plain.quantise(self)
-        nbits.quantise(self, done.release)
+        nbits.quantise(self, done.release, nbits.Ahead(pool))
         done.quantiser = "streamed"
         return self.model
 
-    with ExitStack() as stack:
+    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
         ours = {
             "make_initializer": make_initializer,
             "make_packed_matmul_float_class": pack_floats,
