@@ -72,6 +72,8 @@ _WHERE = "ModelBuilder"
 class ModelBuilder(Pass["ModelBuilder.Params"]):
     """Write an ONNX model with fused attention, its weights, genai_config.json and tokenizer, ready to run.
 
+    The graph is made by onnxruntime-genai's builder. Weights go from the model's files to the graph's one
+    matrix at a time, rounded on the way, so that memory does not grow with the model.
     Names of Olive 0.13 (``int4_block_size`` and so on) are accepted for the quantiser's parameters.
     """
 
@@ -113,7 +115,7 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
             "default",
             validation_alias=AliasChoices("algo_config", "int4_algo_config"),
             description="int4: how weights are rounded, and which keep 8 bits (`_last`: the head; "
-            "`_mixed`: also the most sensitive layers).",
+            "`_mixed`: also the most sensitive layers). `k_quant` searches scale and zero point.",
         )
         matmul_mixed_precision: (
             dict[Literal["last_matmul", "mixed_layers", "linear_attn"], Literal["int4", "int8"]] | None
@@ -159,7 +161,6 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
             yield from _check_architecture(model, source)
             yield from _check_options(params, source)
         yield from _check_search(params, machine)
-        yield from _check_blocks(model, params)
 
     def check_integers(self, params: Params) -> Iterable[Problem]:
         """Integers stay what they are, in an export of integers."""
@@ -343,28 +344,6 @@ def _check_search(params: ModelBuilder.Params, machine: Machine) -> Iterable[Pro
                 f"Did you mean {close[0]}?" if close else f"It has {', '.join(_SEARCH)}.",
                 Severity.WARNING if newer else Severity.ERROR,
             )
-
-
-def _check_blocks(model: ModelInfo, params: ModelBuilder.Params) -> Iterable[Problem]:
-    """The int4 quantisers with zero points other than the default pack an even number of blocks a row."""
-    algorithm = method(params, tied(model))
-    points = algorithm.startswith("k_quant") or (algorithm.startswith("rtn") and not params.is_symmetric)
-    if params.precision != "int4" or not points or model.kind is not Kind.HF:
-        return
-    widths = {
-        shape[1] for name, (_, shape) in model.tensors.items() if len(shape) == 2 and name.endswith(".weight")
-    }
-    odd = sorted(width for width in widths if -(-width // params.block_size) % 2)
-    if odd:
-        sizes = [n for n in (16, 32, 64, 128) if not any(-(-width // n) % 2 for width in widths)]
-        yield Problem(
-            f"{algorithm} with zero points and block_size {params.block_size} splits rows of {odd[0]} "
-            "weights into an odd number of blocks, which the builder cannot pack",
-            where=_WHERE,
-            fix=f"Use block_size {' or '.join(map(str, sizes))}."
-            if sizes
-            else "Use is_symmetric true with rtn.",
-        )
 
 
 def _build(
