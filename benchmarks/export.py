@@ -75,6 +75,9 @@ class Silent:
 
 def export_ours(source: Path, out: Path, params: dict[str, Any]) -> None:
     """The pass as a run calls it; in a process of its own."""
+    from olive.hardware.memory import collect_seldom
+
+    collect_seldom()
     from olive.config.workflow import Accelerator
     from olive.hardware.probe import probe
     from olive.models.artifact import Artifact, Kind
