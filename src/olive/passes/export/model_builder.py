@@ -202,7 +202,7 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
                     source, files = stack.enter_context(integers.prepared(model.path, scratch))
                 else:
                     source = stack.enter_context(integers.expanded(model.path, scratch))
-            how = _build(source, ctx.out, params.precision, provider, options, files)
+            how = _build(source, ctx.out, params.precision, provider, options, files, stored=model.path)
         if quantised:
             integers.finish_head(ctx.out, model.path)
         ctx.progress.finish()
@@ -352,7 +352,8 @@ def _build(
     precision: str,
     provider: str,
     options: Mapping[str, str],
-    files: integers.Files | None,
+    files: integers.Files | None = None,
+    stored: Path | None = None,
 ) -> dict[str, str | None]:
     """Run the builder with weights of ours; gives what became of them."""
     scratch = out / ".builder"
@@ -369,14 +370,15 @@ def _build(
             place = (None, str(source), str(out), precision, provider, str(scratch))
             with ExitStack() as stack:
                 stack.enter_context(_uninitialised_layers())
-                done = stack.enter_context(streamed(builder, source))
+                done = stack.enter_context(streamed(builder, source, stored or source))
                 if files is not None:
                     stack.enter_context(files_replaced(files))
                 given = [f"{name}={text}" for name, text in options.items()]
                 prepared = builder.parse_extra_options(*place, given)
                 done.config = prepared["hf_details"]["hf_config"]
                 builder.create_model(*place, **prepared)
-            done.ensure(builder, quantised=precision in _QUANTISED)
+            rounds = precision in _QUANTISED and not (files and "use_qdq" in options)
+            done.ensure(builder, quantised=rounds)
         except ImportError as error:
             raise EnvironmentFault(
                 f"onnxruntime-genai's builder does not load: {error}",

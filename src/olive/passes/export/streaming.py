@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -40,8 +40,9 @@ class Streamed:
         config: the model's transformers config; to be set once the builder has loaded it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._endings = (".safetensors", *(str(path.resolve()) for path in weight_files(folder)))
+    def __init__(self, folders: Iterable[Path]) -> None:
+        files = [path for folder in folders for path in weight_files(folder)]
+        self._endings = (".safetensors", *(str(path.resolve()) for path in files))
         self.weights: str | None = None
         self.quantiser: str | None = None
         self.model: type | None = None
@@ -86,21 +87,23 @@ class Streamed:
 
 
 @contextmanager
-def streamed(builder: Any, folder: Path) -> Iterator[Streamed]:
+def streamed(builder: Any, folder: Path, stored: Path) -> Iterator[Streamed]:
     """Give the builder our ways with weights.
 
     Args:
-        builder: its main module. It imports the class that all models are made from from a module of its own,
-            so that there may be two of them; the one that is replaced in is the one that is used.
-        folder: the model.
+        builder: its main module. There may be two copies of the class that its models are made from, of which
+            the one that this module has is used, and changed here.
+        folder: the model as the builder reads it.
+        stored: where its weights really are.
     """
     import onnx_ir
+    import torch
 
     from olive.passes.export import nbits
-    from olive.passes.export.weights import Rows, weight
+    from olive.passes.export.weights import Columns, Rows, weight
 
     base = builder.Model
-    done = Streamed(folder)
+    done = Streamed((folder, stored))
     plain = SimpleNamespace(
         initializer=base.make_initializer,
         integers=base.make_packed_matmul_int4_class,
@@ -109,10 +112,8 @@ def streamed(builder: Any, folder: Path) -> Iterator[Streamed]:
     )
 
     def make_initializer(self: Any, tensor: Any, /, name: str, *, to: Any = None, raw: bool = False) -> None:
-        import torch
-
         done.model = type(self)
-        if raw or not (isinstance(tensor, torch.Tensor) or type(tensor).__name__ in ("Rows", "Columns")):
+        if raw or not isinstance(tensor, (torch.Tensor, Rows, Columns)):
             plain.initializer(self, tensor, name, to=to, raw=raw)
             return
         made = weight(tensor.detach() if isinstance(tensor, torch.Tensor) else tensor, name, to, done.release)

@@ -46,8 +46,8 @@ class Rows:
     def pieces(self, size: int) -> Iterator[torch.Tensor]:
         """Consecutive views of at most ``size`` elements, or of one row."""
         for part in self.parts:
-            step = max(1, size // max(part[0].numel(), 1))
-            yield from part.split(step)
+            if part.numel():
+                yield from part.split(max(1, size // part[0].numel()))
 
 
 class Columns:
