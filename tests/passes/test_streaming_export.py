@@ -241,6 +241,7 @@ def expanded(graph: dict[str, Any], node: onnx.NodeProto, sizes: dict[str, int])
         ("phi3", {"lm_head": True, "overrides": {"lm_head": {"bits": 8}, "*.down_proj": {"bits": 8}}}),
         ("phi3", {"sym": True}),
         ("llama", {"lm_head": True}),
+        ("llama", {"use_qdq": True}),
     ],
     ids=str,
 )
@@ -252,15 +253,17 @@ def test_integers_are_written_from_the_files_that_hold_them(
     technique = resolve("KQuant")
     ctx = context(tmp_path / "quantised")
     artifact = Artifact(kind=Kind.HF, path=plain, digest="0" * 64)
-    technique().run(artifact, technique.Params.model_validate(params), ctx)
-    found, facts = ours(ctx.out, tmp_path / "run", INT4)
+    export = INT4 | {"use_qdq": "use_qdq" in params}
+    chosen = {name: value for name, value in params.items() if name != "use_qdq"}
+    technique().run(artifact, technique.Params.model_validate(chosen), ctx)
+    found, facts = ours(ctx.out, tmp_path / "run", export)
     assert facts["weights"] == "mapped integers"
     with integers.prepared(ctx.out, tmp_path / "copy") as (folder, read):
         laid_out = [path for path in folder.glob("*.safetensors") if path.stat().st_size == 0]
         assert laid_out
         for path in laid_out:
             save_file(read(str(path)), path)
-        wanted = theirs(folder, tmp_path / "theirs", INT4)
+        wanted = theirs(folder, tmp_path / "theirs", export)
     integers.finish_head(wanted, ctx.out)
     assert_same(found, wanted)
 

@@ -21,7 +21,8 @@ from olive.quantization.packing import pack
 from olive.quantization.threads import one_thread_an_operation
 
 Method = Literal["default", "rtn", "k_quant"]
-_WEIGHTS = 1 << 17  # of a piece: its buffers stay in one core's caches
+# weights of a piece: few enough for a core's caches and for all cores to have some, enough for their start
+_LEAST, _MOST = 1 << 16, {"default": 1 << 19, "rtn": 1 << 19, "k_quant": 1 << 17}
 _KEPT = 1 << 23  # weights after which mapped pages are let go
 _Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -89,10 +90,11 @@ class Rounding:
                 points = torch.nn.functional.pad(points, (0, spare), value=8)
                 zeros[first:last] = pack(points, self.bits)
 
-        each = max(1, _WEIGHTS // columns) * columns
         with one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
+            share = max(_LEAST, count * columns // (2 * threads))
+            each = max(1, min(share, _MOST[self.method]) // columns) * columns
             placed = _placed(rows, each)
-            while some := list(islice(placed, max(1, _KEPT // each))):
+            while some := list(islice(placed, max(threads, _KEPT // each))):
                 list(pool.map(one, some))
                 for _, piece in some:
                     release(piece)

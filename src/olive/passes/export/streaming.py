@@ -129,7 +129,8 @@ def streamed(builder: Any, folder: Path, stored: Path) -> Iterator[Streamed]:
         if not hasattr(q_matmul, "qweight"):
             return self.make_packed_matmul_float_class(*parts)
         kinds = {(part.bits, part.group_size, part.in_features) for part in parts}
-        if len(kinds) > 1 or any(part.qzeros is None for part in parts):
+        without = any(part.qzeros is None for part in parts)
+        if len(kinds) > 1 or without or self.quant_attrs["use_qdq"]:
             return plain.integers(self, *parts)
         return SimpleNamespace(
             **{
