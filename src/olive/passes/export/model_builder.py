@@ -180,7 +180,7 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
         bytes_each = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.2, "int4": 0.65}[params.precision]
         memory = (500 << 20) + (13 * count if params.use_qdq else int(2 * bytes_each * largest))
         rate = 4e-8 if params.use_qdq else (2.5e-8 if searched else 5e-9) / min(machine.cores, 16)
-        return Cost(memory=memory, disk=int(count * bytes_each), seconds=2.0 + count * (rate + 1e-9))
+        return Cost(memory=memory, disk=int(count * bytes_each), seconds=3.0 + count * (rate + 1e-9))
 
     def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:
         """Export ``model`` into ``ctx.out``.
