@@ -32,7 +32,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if short:
         codes = torch.nn.functional.pad(codes, (0, short))
     if bits == 4 and sys.byteorder == "little":
-        pairs = codes.contiguous().view(torch.int16)
+        whole = codes.contiguous()
+        pairs = (whole.clone() if whole.storage_offset() % 2 else whole).view(torch.int16)
         return (pairs | (pairs >> 4)).to(torch.uint8)
     parts = codes.reshape(*codes.shape[:-1], -1, each)
     packed = parts[..., 0].clone()
