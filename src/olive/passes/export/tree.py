@@ -19,8 +19,8 @@ from olive.models.stream import LazyTensors, stored_dtype
 # their builders read nothing but weights, biases and norms; tests hold each against transformers' own module
 ARCHITECTURES = frozenset(
     {
-        "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
-        "SmolLM3ForCausalLM",
+        "Ernie4_5ForCausalLM", "GemmaForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM",
+        "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM",
     }
 )  # fmt: skip
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
