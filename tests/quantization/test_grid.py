@@ -55,6 +55,10 @@ def test_pairs_are_packed_from_wherever_they_begin(offset: int, count: int) -> N
     high[:, : count // 2] = codes[:, 1::2]
     assert torch.equal(pack(codes, 4).int(), low + 16 * high)
     assert torch.equal(unpack(pack(codes, 4), 4, count), codes)
+    column = codes.T[:2]  # of two rows and columns that are not stored together
+    assert torch.equal(unpack(pack(column, 4), 4, 3), column)
+    single = codes.view(-1)[: 2 * (count // 2)].as_strided((1, 2 * (count // 2)), (1, 1))
+    assert torch.equal(unpack(pack(single, 4), 4, single.shape[1]), single)
 
 
 def run_kernel(
