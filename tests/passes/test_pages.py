@@ -39,6 +39,17 @@ def test_a_mapped_tensor_leaves_and_reads_the_same(tmp_path: Path) -> None:
         assert tensor[6] == 6
 
 
+def test_pages_that_another_mapping_holds_too_leave_where_nothing_was_written(tmp_path: Path) -> None:
+    save_file({"w": torch.arange(8 << 20, dtype=torch.float32)}, tmp_path / "w.safetensors")
+    with safe_open(tmp_path / "w.safetensors", framework="pt") as opened:
+        tensor = opened.get_tensor("w")
+        total = tensor.sum()
+        before = resident("RssFile")
+        assert let_go(tensor, mapped(str(tmp_path / "w.safetensors")), unchanged=True) > 31 << 20
+        assert before - resident("RssFile") > 24 << 20
+        assert tensor.sum() == total
+
+
 def test_other_memory_is_left_alone() -> None:
     assert let_go(torch.ones(1 << 20), mapped(".safetensors")) == 0
     assert let_go(torch.ones(1 << 20), []) == 0

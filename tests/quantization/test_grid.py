@@ -47,6 +47,20 @@ def test_round_to_nearest_is_onnxruntimes_bit_for_bit(bits: int, block: int, sym
         assert np.array_equal(pack(ours.zeros, bits).numpy().ravel(), zeros)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("count", [2, 7, 32])
+def test_pairs_are_packed_from_wherever_they_begin(offset: int, count: int) -> None:
+    codes = (torch.arange(offset + 3 * count) % 16).to(torch.uint8)[offset:].view(3, count)
+    low, high = codes[:, ::2].int(), torch.zeros(3, -(-count // 2), dtype=torch.int32)
+    high[:, : count // 2] = codes[:, 1::2]
+    assert torch.equal(pack(codes, 4).int(), low + 16 * high)
+    assert torch.equal(unpack(pack(codes, 4), 4, count), codes)
+    column = codes.T[:2]  # of two rows and columns that are not stored together
+    assert torch.equal(unpack(pack(column, 4), 4, 3), column)
+    single = codes.view(-1)[: 2 * (count // 2)].as_strided((1, 2 * (count // 2)), (1, 1))
+    assert torch.equal(unpack(pack(single, 4), 4, single.shape[1]), single)
+
+
 def run_kernel(
     bits: int, block: int, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, inputs: np.ndarray
 ) -> np.ndarray:

@@ -129,7 +129,8 @@ def encode(
     blocks = _blocks(weight, grid)
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)[..., None]
     centre = float(grid.middle) if zeros is None else zeros.float()[..., None]
-    codes = nearest(blocks * inverse + centre).clamp_(0, grid.top)
+    # as ``nearest``, but for what is below 0, which the lowest code cuts off; the conversion truncates
+    codes = (blocks * inverse).add_(centre).add_(_BELOW_HALF).clamp_(0, grid.top)
     return codes.to(torch.uint8).view(weight.shape)
 
 

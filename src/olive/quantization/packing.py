@@ -8,6 +8,8 @@ checkpoints that Olive 0.9 and later write hold these same bytes.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 
@@ -29,6 +31,11 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     short = -codes.shape[-1] % each
     if short:
         codes = torch.nn.functional.pad(codes, (0, short))
+    if bits == 4 and sys.byteorder == "little":
+        # in one dimension: of a dimension of 1 the stride may be odd, which such a view does not take
+        whole = codes.contiguous().view(-1)
+        pairs = (whole.clone() if whole.storage_offset() % 2 else whole).view(torch.int16)
+        return (pairs | (pairs >> 4)).to(torch.uint8).view(*codes.shape[:-1], codes.shape[-1] // 2)
     parts = codes.reshape(*codes.shape[:-1], -1, each)
     packed = parts[..., 0].clone()
     for place in range(1, each):

@@ -9,7 +9,7 @@ good.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _WHERE = "ModelBuilder"
 _FUSED = ("qkv_proj", "gate_up_proj")
+
+# path of a file of tensors -> what it holds
+Files = Callable[[str], "dict[str, torch.Tensor]"]
 
 
 def stored_as_integers(folder: Path) -> bool:
@@ -77,9 +80,12 @@ def check(folder: Path, precision: str) -> None:
 
 
 @contextmanager
-def prepared(folder: Path, scratch: Path) -> Iterator[Path]:
-    """A folder that the builder reads; the same model."""
-    from safetensors.torch import save_file
+def prepared(folder: Path, scratch: Path) -> Iterator[tuple[Path, Files]]:
+    """A folder that the builder reads, and what it finds in the folder's files: the same model, mapped.
+
+    Integers of another tool's format are laid out in files first: they are not stored as they are needed.
+    """
+    from safetensors.torch import load_file, save_file
 
     scratch.mkdir(parents=True)
     opened, config = open_model(folder)
@@ -89,20 +95,35 @@ def prepared(folder: Path, scratch: Path) -> Iterator[Path]:
     for path in folder.iterdir():
         if path.suffix not in own[0] and path.name not in own[1]:
             (scratch / path.name).symlink_to(path.resolve())
-    with opened as tensors:
-        for number, names in enumerate(tensors.by_file.values()):
-            made: dict[str, torch.Tensor] = {}
-            for name in names:
-                made |= dict(_parts(name, tensors[name], sizes))
-                if name.endswith(".qweight"):
-                    made |= _with_zeros(name.removesuffix(".qweight"), tensors, config, sizes)
-            save_file(made, scratch / f"part-{number}.safetensors")
     for name, override in (config["quantization_config"].get("overrides") or {}).items():
         for part in _split_names(name):
             overrides[part] = override
     config["quantization_config"]["overrides"] = overrides or None
     (scratch / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    yield scratch
+    files = {f"part-{number}.safetensors": names for number, names in enumerate(opened.by_file.values())}
+    with opened as tensors:
+
+        def read(name: str) -> dict[str, torch.Tensor]:
+            return _file(files[Path(name).name], tensors, config, sizes)
+
+        for name in files:
+            if foreign(folder):
+                save_file(read(name), scratch / name)
+            else:
+                (scratch / name).touch()
+        yield scratch, load_file if foreign(folder) else read
+
+
+def _file(
+    names: list[str], tensors: LazyTensors, config: Mapping[str, Any], sizes: Mapping[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a file as the builder wants them; views where the file holds them so."""
+    made: dict[str, torch.Tensor] = {}
+    for name in names:
+        made |= dict(_parts(name, tensors[name], sizes))
+        if name.endswith(".qweight"):
+            made |= _with_zeros(name.removesuffix(".qweight"), tensors, config, sizes)
+    return made
 
 
 def foreign(folder: Path) -> bool:

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
+from importlib import import_module
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -25,8 +27,6 @@ from olive.models.hf import copy_tokenizer, describe
 from olive.models.quantised import METHOD, method_of
 from olive.passes.base import Cost, Pass, PassContext
 from olive.passes.export import builder_source, integers
-from olive.passes.export.k_quant import k_quant_in_parts
-from olive.passes.export.pages import pages_let_go
 from olive.passes.export.quiet import captured
 from olive.passes.quantize.targets import check_stored
 
@@ -72,6 +72,8 @@ _WHERE = "ModelBuilder"
 class ModelBuilder(Pass["ModelBuilder.Params"]):
     """Write an ONNX model with fused attention, its weights, genai_config.json and tokenizer, ready to run.
 
+    The graph is made by onnxruntime-genai's builder. Weights go from the model's files to the graph's one
+    matrix at a time, rounded on the way, so that memory does not grow with the model.
     Names of Olive 0.13 (``int4_block_size`` and so on) are accepted for the quantiser's parameters.
     """
 
@@ -113,7 +115,7 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
             "default",
             validation_alias=AliasChoices("algo_config", "int4_algo_config"),
             description="int4: how weights are rounded, and which keep 8 bits (`_last`: the head; "
-            "`_mixed`: also the most sensitive layers).",
+            "`_mixed`: also the most sensitive layers). `k_quant` searches scale and zero point.",
         )
         matmul_mixed_precision: (
             dict[Literal["last_matmul", "mixed_layers", "linear_attn"], Literal["int4", "int8"]] | None
@@ -159,7 +161,6 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
             yield from _check_architecture(model, source)
             yield from _check_options(params, source)
         yield from _check_search(params, machine)
-        yield from _check_blocks(model, params)
 
     def check_integers(self, params: Params) -> Iterable[Problem]:
         """Integers stay what they are, in an export of integers."""
@@ -168,14 +169,18 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
     def estimate(
         self, model: ModelInfo, params: Params, machine: Machine, data: Mapping[str, Preview]
     ) -> Cost:
-        """Measured on 135M to 1B parameters, float32 weights."""
+        """Measured on 135M to 3.8B parameters: libraries, and the largest matrix twice, rounded.
+
+        Where the builder quantises itself it holds the model several times.
+        """
         count = model.parameters
-        calibrated = params.algo_config.startswith("k_quant")
+        largest = max((prod(shape) for _, shape in model.tensors.values()), default=0)
         quantised = params.precision in _QUANTISED
+        searched = quantised and params.algo_config.startswith("k_quant")
         bytes_each = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.2, "int4": 0.65}[params.precision]
-        memory = (450 << 20) + count * (18 if calibrated else 13 if quantised else 6)
-        seconds = 1.0 + count * (2.4e-7 if calibrated and quantised else 4e-8 if quantised else 2e-8)
-        return Cost(memory=int(memory), disk=int(count * bytes_each), seconds=seconds)
+        memory = (500 << 20) + (13 * count if params.use_qdq else int(2 * bytes_each * largest))
+        rate = 4e-8 if params.use_qdq else (2.5e-8 if searched else 5e-9) / min(machine.cores, 16)
+        return Cost(memory=memory, disk=int(count * bytes_each), seconds=3.0 + count * (rate + 1e-9))
 
     def run(self, model: Artifact, params: Params, ctx: PassContext) -> None:
         """Export ``model`` into ``ctx.out``.
@@ -190,19 +195,21 @@ class ModelBuilder(Pass["ModelBuilder.Params"]):
         options = builder_options(params, tied(describe(model.path)))
         ctx.progress.start(f"export {params.precision}")
         with ExitStack() as stack:
-            source = model.path
+            source, files = model.path, None
             if quantised or integers.foreign(model.path):
-                scratch = Path(stack.enter_context(TemporaryDirectory(prefix="olive-")))
-                readable = integers.prepared if quantised else integers.expanded
-                source = stack.enter_context(readable(model.path, scratch / "model"))
-            _build(source, ctx.out, params.precision, provider, options)
+                scratch = Path(stack.enter_context(TemporaryDirectory(prefix="olive-"))) / "model"
+                if quantised:
+                    source, files = stack.enter_context(integers.prepared(model.path, scratch))
+                else:
+                    source = stack.enter_context(integers.expanded(model.path, scratch))
+            how = _build(source, ctx.out, params.precision, provider, options, files, stored=model.path)
         if quantised:
             integers.finish_head(ctx.out, model.path)
         ctx.progress.finish()
         copy_tokenizer(model.path, ctx.out)
         _finish(ctx.out, params.search)
         ctx.attributes.update(precision=params.precision, execution_provider=ctx.target.execution_provider)
-        ctx.facts.update(precision=params.precision, provider=provider, options=options)
+        ctx.facts.update(precision=params.precision, provider=provider, options=options, **how)
 
 
 def tied(model: ModelInfo) -> bool:
@@ -339,47 +346,46 @@ def _check_search(params: ModelBuilder.Params, machine: Machine) -> Iterable[Pro
             )
 
 
-def _check_blocks(model: ModelInfo, params: ModelBuilder.Params) -> Iterable[Problem]:
-    """The int4 quantisers with zero points other than the default pack an even number of blocks a row."""
-    algorithm = method(params, tied(model))
-    points = algorithm.startswith("k_quant") or (algorithm.startswith("rtn") and not params.is_symmetric)
-    if params.precision != "int4" or not points or model.kind is not Kind.HF:
-        return
-    widths = {
-        shape[1] for name, (_, shape) in model.tensors.items() if len(shape) == 2 and name.endswith(".weight")
-    }
-    odd = sorted(width for width in widths if -(-width // params.block_size) % 2)
-    if odd:
-        sizes = [n for n in (16, 32, 64, 128) if not any(-(-width // n) % 2 for width in widths)]
-        yield Problem(
-            f"{algorithm} with zero points and block_size {params.block_size} splits rows of {odd[0]} "
-            "weights into an odd number of blocks, which the builder cannot pack",
-            where=_WHERE,
-            fix=f"Use block_size {' or '.join(map(str, sizes))}."
-            if sizes
-            else "Use is_symmetric true with rtn.",
-        )
-
-
-def _build(source: Path, out: Path, precision: str, provider: str, options: Mapping[str, str]) -> None:
+def _build(
+    source: Path,
+    out: Path,
+    precision: str,
+    provider: str,
+    options: Mapping[str, str],
+    files: integers.Files | None = None,
+    stored: Path | None = None,
+) -> dict[str, str | None]:
+    """Run the builder with weights of ours; gives what became of them."""
     scratch = out / ".builder"
     # Memory that training left to the collector would add to the peak here.
     release_memory()
     with captured() as said:
         try:
-            from onnxruntime_genai.models.builder import create_model, parse_extra_options
+            from olive.passes.export.deferred import models_deferred
+            from olive.passes.export.streaming import files_replaced, streamed
+
+            with models_deferred():
+                builder = import_module("onnxruntime_genai.models.builder")
 
             place = (None, str(source), str(out), precision, provider, str(scratch))
-            with _uninitialised_layers(), k_quant_in_parts(), pages_let_go():
-                prepared = parse_extra_options(*place, [f"{name}={text}" for name, text in options.items()])
-                create_model(*place, **prepared)
+            with ExitStack() as stack:
+                stack.enter_context(_uninitialised_layers())
+                done = stack.enter_context(streamed(builder, source, stored or source))
+                if files is not None:
+                    stack.enter_context(files_replaced(files))
+                given = [f"{name}={text}" for name, text in options.items()]
+                prepared = builder.parse_extra_options(*place, given)
+                done.config = prepared["hf_details"]["hf_config"]
+                builder.create_model(*place, **prepared)
+            rounds = precision in _QUANTISED and not (files and "use_qdq" in options)
+            done.ensure(builder, quantised=rounds)
         except ImportError as error:
             raise EnvironmentFault(
                 f"onnxruntime-genai's builder does not load: {error}",
                 where=_WHERE,
                 fix="Compare the versions with the tested set: olive doctor.",
             ) from error
-        except (OSError, MemoryError):
+        except (OSError, MemoryError, PassFailed):
             raise
         except Exception as error:
             raise PassFailed(
@@ -389,6 +395,7 @@ def _build(source: Path, out: Path, precision: str, provider: str, options: Mapp
             ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    return done.facts
 
 
 @contextmanager

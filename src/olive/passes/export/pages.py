@@ -1,7 +1,6 @@
-"""Weights leave memory once the builder has copied them.
+"""Weights leave memory once they have been written.
 
-transformers maps a model's file into memory, and the builder copies every weight into its own graph before it
-quantises one; the mapped pages would stay until the end, a whole model beside the copy.
+A model's files are mapped into memory; the pages that were read would stay until the end, a whole model.
 """
 
 from __future__ import annotations
@@ -9,50 +8,24 @@ from __future__ import annotations
 import ctypes
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-_PAGEOUT = 21  # MADV_PAGEOUT, Linux 5.4: clean pages of a file are dropped, changed ones stay
+# MADV_PAGEOUT, Linux 5.4, keeps changed pages, and pages that another process maps too
+_PAGEOUT, _DONTNEED = 21, 4
 _MAPS = Path("/proc/self/maps")
 
 
-@contextmanager
-def pages_let_go() -> Iterator[None]:
-    """Let go of the mapped pages of each tensor as onnx-ir reads it out; without effect but on Linux."""
-    try:
-        from onnx_ir.tensor_adapters import TorchTensor
-
-        plain = TorchTensor.tobytes
-    except (ImportError, AttributeError):
-        yield
-        return
-    files: list[tuple[int, int]] = []
-
-    def tobytes(self: Any) -> bytes:
-        data: bytes = plain(self)
-        if not files:
-            files.extend(mapped(".safetensors") or [(0, 0)])
-        let_go(self.raw, files)
-        return data
-
-    TorchTensor.tobytes = tobytes  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        TorchTensor.tobytes = plain  # type: ignore[method-assign]
-
-
-def mapped(suffix: str) -> list[tuple[int, int]]:
-    """Address ranges that map files whose name ends in ``suffix``, in order; empty where none can be told."""
+def mapped(*endings: str) -> list[tuple[int, int]]:
+    """Address ranges that map files whose path ends so, in order; empty where none can be told."""
     found = []
     try:
         for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.endswith(suffix):
+            if line.endswith(endings):
                 first, _, last = line.split(" ", 1)[0].partition("-")
                 found.append((int(first, 16), int(last, 16)))
     except (OSError, ValueError):
@@ -60,10 +33,11 @@ def mapped(suffix: str) -> list[tuple[int, int]]:
     return found
 
 
-def let_go(tensor: torch.Tensor, files: list[tuple[int, int]]) -> int:
+def let_go(tensor: torch.Tensor, files: list[tuple[int, int]], *, unchanged: bool = False) -> int:
     """Drop the whole pages of ``tensor`` that lie in one of the mapped ``files``; returns their bytes.
 
-    The content stays: it is read from the file again when it is looked at.
+    The content stays: it is read from the file again when it is looked at. With ``unchanged`` the caller says
+    that nothing has written to the mapping; pages then go even where other processes read the same file.
     """
     start = tensor.data_ptr()
     place = bisect_right(files, (start, 1 << 64)) - 1
@@ -73,5 +47,10 @@ def let_go(tensor: torch.Tensor, files: list[tuple[int, int]]) -> int:
     size = (start + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if size <= 0:
         return 0
-    madvise = ctypes.CDLL(None).madvise
-    return size if madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _PAGEOUT) == 0 else 0
+    advice = _DONTNEED if unchanged else _PAGEOUT
+    return size if _madvise()(ctypes.c_void_p(first), ctypes.c_size_t(size), advice) == 0 else 0
+
+
+@cache
+def _madvise() -> Any:
+    return ctypes.CDLL(None).madvise
