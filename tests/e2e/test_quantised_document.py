@@ -89,6 +89,9 @@ def test_the_document_gives_a_quantised_model(tmp_path: Path, quantise: dict[str
     facts = steps["quantise"]["facts"]
     assert facts["calibration_tokens"] == 512
     assert len(facts["layers"]) == 2 * 4 + 1
+    parity = next(gate for gate in steps["quantise"]["gates"] if gate["gate"] == "parity")
+    assert set(parity["layers"]) == {row["name"] for row in facts["layers"]}
+    assert 0.2 < sum(parity["layers"].values()) / parity["figures"]["kl"] < 5  # alone, by estimate
     gates = {(name, gate["gate"]) for name, step in steps.items() for gate in step["gates"]}
     assert {("quantise", "parity"), ("export", "parity"), ("export", "bundle")} <= gates
     exported = next(gate for gate in steps["export"]["gates"] if gate["gate"] == "parity")

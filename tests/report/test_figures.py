@@ -165,10 +165,12 @@ def test_the_layers_of_a_quantisation_are_a_table() -> None:
          "fallback": "its inputs are NaN, infinite or all zero"},
     ]  # fmt: skip
     result = fake.result()
-    step = result.steps[0].model_copy(update={"type": "Gptq", "facts": {"layers": rows}, "series": {}})
+    gate = GateResult(gate="parity", passed=True, layers={"model.layers.0.mlp.down_proj": 0.01234})
+    changes = {"type": "Gptq", "facts": {"layers": rows}, "series": {}, "gates": (gate,)}
+    step = result.steps[0].model_copy(update=changes)
     table = figures.layers(step)
-    assert table[0] == ("model.layers.0.mlp.down_proj", "4", "32", "0.75%", "0.05%", "0.60", "")
-    assert table[1][2:5] == ("row", "0.00%", "")
+    assert table[0] == ("model.layers.0.mlp.down_proj", "4", "32", "0.75%", "0.05%", "0.012", "0.60", "")
+    assert table[1][2:6] == ("row", "0.00%", "", "")
     assert table[1][-1].startswith("its inputs")
     assert figures.layers(result.steps[0]) == []
     assert "quantised with Gptq" in figures.headline(result.model_copy(update={"steps": (step,)}))

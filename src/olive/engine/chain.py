@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from olive.config.base import PassParams
-from olive.config.workflow import Accelerator, PassEntry, Workflow
+from olive.config.workflow import Accelerator, OnnxModel, PassEntry, Workflow
 from olive.engine.defects import defect
 from olive.engine.devices import (
     accelerator_of,
@@ -23,14 +23,16 @@ from olive.passes.registry import resolve
 def check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) -> Iterator[Problem]:
     """Kinds, integers and libraries along the passes, and what each pass finds itself."""
     kind = Kind.ADAPTER if workflow.input_model.adapter_path else Kind.HF
-    if info is not None and info.kind in (Kind.ONNX, Kind.GENAI):
-        kind = info.kind
+    if isinstance(workflow.input_model, OnnxModel):
+        kind = Kind.ONNX if info is None else info.kind
     before, stored = PassParams(), format_of(info.config) if info is not None else None
     integers, given = False, info is not None and method_of(info.config) == METHOD
     for name, entry in workflow.passes.items():
         technique: Pass[Any] = resolve(entry.type)()
         where = f"passes.{name}"
-        yield from _check_kind(entry, technique, kind, where)
+        fits = kind in technique.accepts
+        if not fits:
+            yield _wrong_kind(entry, technique, kind, where)
         if integers:
             yield from _placed(technique.check_integers(entry.params), where)
             yield from _placed(technique.check_settings(entry.params, before), where)
@@ -59,7 +61,7 @@ def check_passes(workflow: Workflow, info: ModelInfo | None, machine: Machine) -
                 f"pip install {what}",
                 exit_code=5,
             )
-        if info is not None:
+        if info is not None and fits:
             made_for = "execution_provider" in technique.hardware
             system = workflow.target if made_for else entry.host or workflow.host
             found = _own_check(technique, info, entry, machine, accelerator_of(workflow, system))
@@ -77,17 +79,18 @@ def left(technique: Pass[Any], info: ModelInfo, entry: PassEntry) -> ModelInfo:
         return info
 
 
-def _check_kind(entry: PassEntry, technique: Pass[Any], kind: Kind, where: str) -> Iterator[Problem]:
-    if kind in technique.accepts:
-        return
+def _wrong_kind(entry: PassEntry, technique: Pass[Any], kind: Kind, where: str) -> Problem:
     wanted = " or ".join(item.value for item in technique.accepts)
     first = next(
         (maker for taken, maker in _MAKERS.items() if taken in technique.accepts), "MergeAdapterWeights"
     )
-    yield Problem(
+    fix = f"Reorder the passes, or put {first} before it."
+    if kind in (Kind.ONNX, Kind.GENAI):
+        fix = "Put it before the export, or start from the HfModel that the graph was made of."
+    return Problem(
         f"{entry.type} takes a model of kind {wanted}, and what comes before it makes {kind.value}",
         where,
-        f"Reorder the passes, or put {first} before it.",
+        fix,
     )
 
 

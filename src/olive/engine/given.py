@@ -7,7 +7,7 @@ from pathlib import Path
 
 from olive.config.loader import Loaded
 from olive.config.workflow import OnnxModel, Workflow
-from olive.errors import ConfigError, OliveError, Problem, Severity
+from olive.errors import ConfigError, EnvironmentFault, OliveError, Problem, Severity
 from olive.models.artifact import Artifact, Kind, ModelInfo
 from olive.models.foreign.gguf_folder import unfolded
 from olive.models.graph import describe_graph
@@ -20,7 +20,16 @@ def _graph_input(loaded: Loaded, root: Path) -> tuple[ModelInfo, Artifact]:
     """A graph and the files that belong to it: those of its folder, unless one file of it is named."""
     given, memo = loaded.workflow.input_model, root / "digests.json"
     assert isinstance(given, OnnxModel)  # noqa: S101 - the caller has looked
-    path = locate(given.model_path, loaded.base_dir)
+    try:
+        path = locate(given.model_path, loaded.base_dir)
+    except EnvironmentFault as error:
+        if not given.model_path.endswith(".onnx"):
+            raise
+        raise ConfigError(
+            f"there is no file {given.model_path}",
+            where="input_model.model_path",
+            fix="Check the spelling and the folder: relative paths start from the working folder.",
+        ) from error
     if path.is_dir() and (path / "genai_config.json").is_file() and given.onnx_file_name is None:
         return describe(path), Artifact(kind=Kind.GENAI, path=path, digest=folder_digest(path, memo))
     folder = path if path.is_dir() else path.parent

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olive.errors import Problem, Severity
-from olive.models.artifact import Kind
+from olive.models.artifact import Kind, ModelInfo
 from olive.report import figures, redact
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def plan_view(plan: Plan) -> str:
     lines = [f"Plan of {plan.loaded.path.name if plan.loaded.path else 'the workflow'}", ""]
     if plan.info is not None:
         model = (
-            f"{plan.info.architecture}, {_count(plan.info.parameters)} parameters, {relative(plan.info.path)}"
+            f"{_form(plan.info)}, {_count(plan.info.parameters)} parameters, {relative(_place(plan.info))}"
         )
         lines += labelled("model", model)
     machine = plan.machine
@@ -236,6 +236,18 @@ _LEARNT = {
 }
 
 
+def _form(info: ModelInfo) -> str:
+    """Architecture; of a graph how many operators of which version."""
+    if info.graph is None:
+        return info.architecture
+    opset = info.graph.opsets.get("")
+    return f"{len(info.graph.nodes):,} nodes" + (f", opset {opset}" if opset else "")
+
+
+def _place(info: ModelInfo) -> Path:
+    return info.path if info.graph is None else info.path / info.graph.file
+
+
 def _preview(shown: Preview) -> list[str]:
     if not shown.rows:
         return labelled("rows", "known when the run reads them")
@@ -255,6 +267,8 @@ def _preview(shown: Preview) -> list[str]:
             found = "found in the data" if part.detected else "named by the document"
             lines += labelled("format", f"{part.format}, {found}; rendered with {part.rendering}")
             lines += labelled("trains on", _LEARNT[part.train_on])
+    if not shown.parts:  # numbers, which become no text
+        return lines
     pairs = any(part.train_on == "pair" for part in shown.parts)
     unit = "pairs" if pairs else "blocks"
     lines += labelled(
