@@ -6,9 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from olive.config.workflow import Accelerator
-from olive.errors import Severity
-from olive.hardware.probe import probe
 from olive.models.artifact import ModelInfo
 
 Because = Callable[[str, str], None]
@@ -100,7 +97,7 @@ def steps(
     if request.precision != "none":
         passes["export"] = {"type": "ModelBuilder", "precision": request.precision}
     if request.precision == "int4":
-        passes["export"] |= _quantiser(info, device, because)
+        passes["export"] |= _quantiser(device, because)
     return passes
 
 
@@ -124,28 +121,8 @@ def _training(request: Request, method: Method, evaluated: bool, because: Becaus
     return args
 
 
-def _quantiser(info: ModelInfo, device: str, because: Because) -> dict[str, Any]:
-    """The most exact int4 that the model's widths allow; the pass itself says which do."""
-    from olive.passes.export.model_builder import ModelBuilder
-
-    accelerator = Accelerator(device="gpu" if device == "gpu" else "cpu")
-    sizes = (16, 32, 64, 128) if device == "cpu" else (32, 64, 128, 16)
-    choices: list[dict[str, Any]] = [
-        *({"algo_config": "k_quant_mixed", "block_size": size} for size in sizes),
-        {"algo_config": "rtn", "block_size": 32},
-    ]
-
-    def errors(choice: dict[str, Any]) -> int:
-        params = ModelBuilder.Params(precision="int4", **choice)
-        found = ModelBuilder().check(info, params, probe(), accelerator)
-        return sum(problem.severity is Severity.ERROR for problem in found)
-
-    chosen = min(choices, key=errors)
-    best = chosen is choices[0]
-    because(
-        f"algo_config {chosen['algo_config']}, block_size {chosen['block_size']}",
-        "the most exact int4 that the builder makes"
-        if best
-        else "the most exact that the model's widths allow",
-    )
-    return chosen
+def _quantiser(device: str, because: Because) -> dict[str, Any]:
+    """The most exact int4 that runs fast on the device."""
+    size = 16 if device == "cpu" else 32
+    because(f"algo_config k_quant_mixed, block_size {size}", "the most exact int4 that the builder makes")
+    return {"algo_config": "k_quant_mixed", "block_size": size}
