@@ -16,28 +16,33 @@ if TYPE_CHECKING:
 _TOKENS = 64  # of a prompt
 
 
-def by_layer(
-    model: PreTrainedModel, quantised: Path, prompts: Sequence[list[int]], free: int
-) -> dict[str, float]:
+def fits(parameters: int, free: int) -> bool:
+    """Whether ``by_layer`` finds its memory: the model in float32 and the changes of its layers in bfloat16.
+
+    Args:
+        parameters: of the model.
+        free: bytes, without the model.
+    """
+    return 6.5 * parameters <= free
+
+
+def by_layer(model: PreTrainedModel, quantised: Path, prompts: Sequence[list[int]]) -> dict[str, float]:
     """KL(model || model with this layer quantised), nat a token: the second-order estimate of one backward.
 
     Args:
         model: before it was quantised, float32.
         quantised: the folder of integers.
         prompts: token ids.
-        free: bytes of memory; the changes of all layers take half of the model's own.
 
     Returns:
-        Of each layer; nothing where memory is short, or where the method moved scales between layers, so
-        that a layer's change is no change of its weights alone.
+        Of each layer; nothing where the method moved scales between layers, so that a layer's change is no
+        change of its weights alone.
     """
     import torch
     from torch import nn
 
     from olive.quantization.sensitivity import expected_kl
 
-    if 0.75 * sum(4 * one.numel() for one in model.parameters()) > free:
-        return {}
     changes: dict[str, Sequence[torch.Tensor]] = {}
     with DequantisedTensors(quantised, read_json(quantised / "config.json")) as tensors:
         own = dict(model.named_parameters())

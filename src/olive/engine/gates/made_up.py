@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from olive.errors import PassFailed
+from olive.passes.onnx.feeds import inputs_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,30 +21,20 @@ def inputs(graph: Graph, seed: int) -> dict[str, np.ndarray]:
     is all ones. A size that the graph names is the same everywhere: 2 in a batch, none in the past, else 8.
     """
     import numpy as np
-    from onnx.helper import tensor_dtype_to_np_dtype
 
     draw = np.random.default_rng(seed)
     made: dict[str, np.ndarray] = {}
-    for value in graph.graph.input:
-        if value.name in graph.weights:
-            continue
-        tensor = value.type.tensor_type
-        if not tensor.elem_type:
-            raise PassFailed(
-                f"graph gate: the input {value.name} is no tensor",
-                fix="Switch the gate off: gates.graph.enabled false.",
-            )
-        dtype = np.dtype(tensor_dtype_to_np_dtype(tensor.elem_type))
+    for one in inputs_of(graph):
         shape = tuple(
-            size.dim_value if size.HasField("dim_value") else _size(size.dim_param, place)
-            for place, size in enumerate(tensor.shape.dim)
+            size if isinstance(size, int) else _size(size or "", place)
+            for place, size in enumerate(one.shape)
         )
-        if "mask" in value.name or dtype.kind == "b":
-            made[value.name] = np.ones(shape, dtype)
-        elif dtype.kind in "iu":
-            made[value.name] = draw.integers(0, _below(graph, value.name), shape).astype(dtype)
+        if "mask" in one.name or one.dtype.kind == "b":
+            made[one.name] = np.ones(shape, one.dtype)
+        elif one.dtype.kind in "iu":
+            made[one.name] = draw.integers(0, _below(graph, one.name), shape).astype(one.dtype)
         else:
-            made[value.name] = draw.standard_normal(shape).astype(dtype)
+            made[one.name] = draw.standard_normal(shape).astype(one.dtype)
     return made
 
 
